@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 ENGINE := .venv-engine
-# each file of tests in one process: what they share is made once
-PARALLEL := --numprocesses=2 --dist=loadfile
+# Each file of tests in one process: what they share is made once. One process more than CI has cores: many
+# tests wait for a disk or another process.
+PARALLEL := --numprocesses=3 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wheel test-ray test-isa test-engine zoo check lint types docs pictures format house bench bench-peers bench-arm64 clean
+.PHONY: help setup demo test test-wheel test-ray test-isa test-engine zoo fuzz check lint types docs pictures format house bench bench-peers bench-arm64 clean
 
 help:           ## show this list
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -72,6 +73,13 @@ zoo: $(READY)   ## convert 210 tiny checkpoints of all families with six recipes
 	@$(BIN)/python -m tests.zoo.run
 	@$(BIN)/python -m tests.zoo.logits
 	@$(BIN)/python -m tests.zoo.roles
+
+MINUTES ?= 10
+
+fuzz: $(READY)  ## odd input for every reader of strangers' files, MINUTES=10 in all
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3' \
+		|| echo "atheris does not install here: inputs are changed at random"
+	@$(BIN)/python -m tests.fuzz.run --minutes $(MINUTES)
 
 check: lint types
 

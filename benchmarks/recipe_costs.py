@@ -13,9 +13,8 @@ import json
 import subprocess
 from pathlib import Path
 
-import yaml
-
 from common import QUANTCLI, ROOT, conversion, parser, workplace
+from quantcli.core.untrusted.yaml_text import read_yaml, write_yaml
 from quantcli.recipe.shipped import shipped_recipes
 
 MODEL = ROOT / "examples" / "tiny-qwen3"
@@ -49,7 +48,7 @@ def main() -> None:
     options = arguments.parse_args()
     changes: dict[str, float | None] = {}
     if options.only and COSTS.exists():  # figures of the others stay
-        changes = yaml.safe_load(COSTS.read_text())["mean_change"]
+        changes = read_yaml(COSTS.read_bytes(), str(COSTS)).data["mean_change"]
     with workplace(options.dir) as folder:
         for recipe in options.only or shipped_recipes():
             change = cost(recipe, folder, options.samples)
@@ -64,7 +63,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(table))
     if options.write:
-        COSTS.write_text(HEAD + yaml.safe_dump(table, sort_keys=False, width=100))
+        COSTS.write_text(HEAD + write_yaml(table))
 
 
 if __name__ == "__main__":

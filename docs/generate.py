@@ -15,6 +15,7 @@ from pathlib import Path
 
 from quantcli.commands import results
 from quantcli.commands.release import outcome as release
+from quantcli.commands.trust import sign as signing
 from quantcli.recipe.json_schema import recipe_schema
 from quantcli.recipe.methods import recipe_methods
 from quantcli.recipe.release import release_schema
@@ -29,6 +30,8 @@ COMMANDS = [
     "release",
     "pack",
     "verify",
+    "reproduce",
+    "sign",
     "recipes",
 ]  # in the order of the README
 
@@ -51,6 +54,8 @@ DOCUMENTS: dict[str, type[results.Result] | dict[str, tuple[str, str]]] = {
     "pack --plan": {"plan": ("Repacked | Merged", "what would be written")},
     "verify": results.Verification,
     "verify of several": results.Comparison,
+    "reproduce": results.Reproduction,
+    "sign": signing.Signature,
     "recipes": {"recipes": ("list", "`name`, `purpose`, `target`, `calibration` of each")},
     "recipes show": {"name": ("str", "of the recipe"), "text": ("str", "of its file")},
     "--version": {"version": ("str", "of quantcli")},

@@ -9,7 +9,8 @@ import torch
 
 from quantcli.calibration.replay.replay import Replay
 from quantcli.calibration.replay.skeleton import Skeleton
-from quantcli.calibration.text.dataset import Batch, quiet
+from quantcli.calibration.text.dataset import Batch
+from quantcli.calibration.text.tokenizer import quiet
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.planning.reach import next_token_layer

@@ -56,7 +56,7 @@ def test_the_picture_of_the_plan_is_fresh(monkeypatch):
 
 def test_verify_md_has_a_row_for_every_check():
     page = (ROOT / "docs" / "verify.md").read_text()
-    rows = re.findall(r"^\| (`[^|]+`) \| (structure|full|against|run) \|", page, re.M)
+    rows = re.findall(r"^\| (`[^|]+`) \| (structure|identity|full|against|run) \|", page, re.M)
     found = {name: depth for names, depth in rows for name in re.findall("`([^`]+)`", names)}
     assert found == {name: depth for name, (depth, _) in CHECKS.items()}
 

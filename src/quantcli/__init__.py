@@ -10,9 +10,11 @@ The Python API; docs/python.md shows it. Each name is imported when it is first 
 - recommend: the shipped recipes for a model on a device, the best first
 - pack: write a quantized checkpoint in another format
 - verify: check a quantized checkpoint
+- reproduce: make one again by its recipe, and compare every byte
+- sign: sign all files of a checkpoint
 - inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
 - Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Comparison, Inspection,
-  Outliers, Support, Recommendation, Released: the results
+  Outliers, Support, Recommendation, Released, Reproduction, Signature: the results
 - Event: what `on_progress` is called with
 - QuantError and its kinds AnswerNo, InputError, MachineError: the errors
 """
@@ -47,10 +49,13 @@ if TYPE_CHECKING:
         Planned,
         Recommendation,
         Repacked,
+        Reproduction,
         Support,
         Verification,
     )
     from quantcli.commands.steps import Job
+    from quantcli.commands.trust.reproduce import reproduce
+    from quantcli.commands.trust.sign import Signature, sign
     from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
     from quantcli.core.events import Event
 
@@ -66,7 +71,10 @@ _HOME = {
     "quantize": "commands.api",
     "recommend": "commands.api",
     "release": "commands.release.api",
+    "reproduce": "commands.trust.reproduce",
     "Released": "commands.release.outcome",
+    "sign": "commands.trust.sign",
+    "Signature": "commands.trust.sign",
     "support": "commands.api",
     "verify": "commands.api",
     "Calibrated": "commands.results",
@@ -79,6 +87,7 @@ _HOME = {
     "Planned": "commands.results",
     "Recommendation": "commands.results",
     "Repacked": "commands.results",
+    "Reproduction": "commands.results",
     "Support": "commands.results",
     "Verification": "commands.results",
     "AnswerNo": "core.errors",
@@ -105,6 +114,8 @@ __all__ = [
     "Recommendation",
     "Released",
     "Repacked",
+    "Reproduction",
+    "Signature",
     "Support",
     "Verification",
     "__version__",
@@ -116,6 +127,8 @@ __all__ = [
     "quantize",
     "recommend",
     "release",
+    "reproduce",
+    "sign",
     "support",
     "verify",
 ]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from quantcli.calibration import session
 from quantcli.calibration.methods import hessians, rounding
+from quantcli.calibration.store import layer_file, seal_of
 from quantcli.schemes.arithmetic import gptq
 from tests.e2e.conftest import Box, Result, run_cli
 from tests.tiny_models import make_multimodal, make_tiny
@@ -80,6 +81,15 @@ def change_tensors(model: Path, change: Callable[[dict[str, Any]], object]) -> N
     tensors = load_file(model / "model.safetensors")
     change(tensors)
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def seal_again(store: Path, layer: int, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the report of a layer, and seal it as the tool does: a seal keeps no attacker out."""
+    path = store / f"layer-{layer:05d}.json"
+    report = json.loads(path.read_text())
+    change(report)
+    report["sha256"] = seal_of(store / layer_file(layer), report)
+    path.write_text(json.dumps(report))
 
 
 class Bench(Box):

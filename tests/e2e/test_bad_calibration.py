@@ -27,6 +27,7 @@ from tests.e2e.calibrating import (
     Models,
     change_tensors,
     make_bench,
+    seal_again,
 )
 from tests.e2e.conftest import Result, run_cli, snapshot
 
@@ -96,7 +97,7 @@ def there(bench: Bench) -> Path:
     "no data",
     "`model.layers.0.mlp.down_proj` needs calibration data",
     "recipe.yaml:2",
-    "--set calibration.data",
+    "--data FILE",
 )
 def _(bench: Bench) -> Arguments:
     bench.edit_recipe(RECIPE.replace("data: text.txt, ", ""))
@@ -113,7 +114,7 @@ def _(bench: Bench) -> Arguments:
     "smoothing without data",
     "smoothing needs calibration data",
     "recipe.yaml",
-    "--set calibration.data",
+    "--data FILE",
 )
 def _(bench: Bench) -> Arguments:
     bench.edit_recipe(DYNAMIC + "smooth: {alpha: 0.5}\n")
@@ -144,6 +145,21 @@ def _(bench: Bench) -> Arguments:
 def _(bench: Bench) -> Arguments:
     (bench.root / "text.txt").unlink()
     (bench.root / "text.txt").mkdir()
+    return []
+
+
+@case(
+    "a tokenizer whose pattern goes back for ever",
+    "reading this text with the model's tokenizer crashes the library that does it: Onig: ",
+    "tokenizer.json",
+    "fetch the model's tokenizer again from its author",
+    planned=False,
+)
+def _(bench: Bench) -> Arguments:
+    path = bench.own_model() / "tokenizer.json"
+    pattern = {"Regex": "(([a-z]|.)+)+\\n$\\b"}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pre_tokenizer": split}))
     return []
 
 
@@ -551,20 +567,20 @@ def key_removed(key: str) -> Callable[[str], str]:
 
 damage("damaged report", "layer-00002.json", lambda text: text[:-20], "not valid JSON")
 damage("report is a list", "layer-00002.json", lambda _: "[]", "must hold a JSON object")
-damage("report is empty", "layer-00002.json", lambda _: "{}", "report is damaged")
+damage("report is empty", "layer-00002.json", lambda _: "{}", "`edits` is missing")
 for lost in ("modules", "edits", "uncalibrated"):
-    damage(f"report without {lost}", "layer-00002.json", key_removed(lost), "report is damaged")
+    damage(f"report without {lost}", "layer-00002.json", key_removed(lost), f"`{lost}` is missing")
 damage(
     "groups are not listed",
     "layer-00002.json",
     lambda text: text.replace('"uncalibrated": []', '"uncalibrated": [],\n "smoothed": 4'),
-    "report is damaged",
+    "`smoothed` should be a list, not the number 4",
 )
 damage(
     "report without numbers",
     "layer-00002.json",
     lambda text: text.replace('"tokens": 64', '"tokens": "many"'),
-    "report is damaged",
+    ".tokens` should be a whole number, not text",
 )
 
 
@@ -573,6 +589,14 @@ def _(bench: Bench) -> Arguments:
     report = there(bench) / "layer-00002.json"
     added = '"edits": {"lm_head.weight": {"rows": "00009"}}'
     report.write_text(report.read_text().replace('"edits": {}', added))
+    return []
+
+
+@case(
+    "edits that are not objects, sealed", "`edits.x` should be an object, not text", "layer-00002.json"
+)
+def _(bench: Bench) -> Arguments:
+    seal_again(there(bench), 2, lambda report: report.update(edits={"x": "y"}))
     return []
 
 
@@ -588,7 +612,12 @@ def _(bench: Bench) -> Arguments:
 damage("damaged head", "calibration.json", lambda text: text[:-20], "not valid JSON")
 
 
-@case("head of a later version", "cannot be read by this version", "out.calibration", "to make it anew")
+@case(
+    "head of a later version",
+    "this quantcli reads version 2",
+    "out.calibration",
+    "pip install --upgrade",
+)
 def _(bench: Bench) -> Arguments:
     head = there(bench) / "calibration.json"
     head.write_text(head.read_text().replace('"version": 2', '"version": 3'))
@@ -602,7 +631,7 @@ def _(bench: Bench) -> Arguments:
     return []
 
 
-damage("head without its key", "calibration.json", key_removed("edits"), "is damaged")
+damage("head without its key", "calibration.json", key_removed("edits"), "`edits` is missing")
 
 
 @case("no head", "is not a calibration", "out.calibration", "another folder")

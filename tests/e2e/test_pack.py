@@ -269,6 +269,10 @@ def test_bad_sources(box: Box) -> None:
         "unknown key `speed`",
     )
     refused(pack(source, "compressed-tensors", out, "--set", "speed"), "KEY=VALUE")
+    for value in ("!!bool maybe", "!!int ''", "[" * 3000, "2024-99-99: !!timestamp 2024-99-99"):
+        refused(
+            pack(source, "compressed-tensors", out, "--set", f"speed={value}"), "YAML", "--set speed="
+        )
     refused(
         run_cli("pack", "--merge", source, "--target", "fp8", "--out", out), "does not take --target"
     )

@@ -303,7 +303,6 @@ def test_damaged_parts(box: Box) -> None:
     "change",
     [
         lambda table: table.pop("shards"),
-        lambda table: table.update(part_version=2),
         lambda table: table.update(shards=["model.safetensors"]),
         lambda table: table.update(carried="config.json"),
         lambda table: table.update(carried=[{}]),

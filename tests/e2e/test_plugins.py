@@ -191,6 +191,17 @@ def test_codes_as_columns_under_names_of_their_own(site: Path, model: Path, tmp_
     assert "made by quantcli 0.1.0 with toy-quant 1.2" in alone.stderr
 
 
+@pytest.fixture(scope="module")
+def two_level(site: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with scales of two levels."""
+    folder = tmp_path_factory.mktemp("two-level")
+    recipe, out = folder / "recipe.yaml", folder / "out"
+    recipe.write_text('target: two-level\nrules: [{match: "*_proj", scheme: nvfp4a16}]\n')
+    done = quantcli(site, "quantize", recipe, "--model", model, "--out", out, "--no-checksum")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
 @pytest.mark.parametrize(
     ("suffix", "code", "place", "said"),
     [
@@ -202,12 +213,9 @@ def test_codes_as_columns_under_names_of_their_own(site: Path, model: Path, tmp_
     ],
 )
 def test_damaged_scales_of_two_levels(
-    site: Path, model: Path, tmp_path: Path, suffix: str, code: float, place: str, said: str
+    site: Path, two_level: Path, tmp_path: Path, suffix: str, code: float, place: str, said: str
 ) -> None:
-    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
-    recipe.write_text('target: two-level\nrules: [{match: "*_proj", scheme: nvfp4a16}]\n')
-    done = quantcli(site, "quantize", recipe, "--model", model, "--out", out, "--no-checksum")
-    assert done.returncode == 0, done.stderr
+    out = shutil.copytree(two_level, tmp_path / "out")
     (file,) = out.glob("*.safetensors")
     made = load_file(file)
     name = f"model.layers.1.mlp.down_proj.{suffix}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantcli.calibration.text.dataset import quiet
+from quantcli.calibration.text.tokenizer import quiet
 from tests.replaying import one_thread
 
 

@@ -335,8 +335,9 @@ def shipped(tmp_path_factory):
         if "\ncalibration:" in path.read_text():
             sets += ["calibration.samples=2", "calibration.length=32"]
         if "flatquant" in recipe:
-            sets += ["rules.0.match=*.layers.1.self_attn.*_proj"]  # learning takes long
-            sets += ["rules.0.scheme={name: w4a4_flatquant, epochs: 1}", "expect.quantizable_pct=> 1"]
+            rule = f"rules.{int('mxfp4' in recipe)}"  # learning takes long
+            sets += [f"{rule}.match=*.layers.1.self_attn.*_proj", "expect.quantizable_pct=> 1"]
+            sets += [f"{rule}.scheme={{name: {recipe.removesuffix('_tp1')}, epochs: 1}}"]
         wide = ":wide" if recipe.startswith("mxfp4") else ""  # groups in pairs
         model = stock.model(f"qwen3_moe{wide}") if "moe" in recipe else ROOT / "examples" / "tiny-qwen3"
         out = folder / recipe

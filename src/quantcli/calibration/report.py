@@ -1,4 +1,4 @@
-"""The report of a layer's calibration, which the store keeps as JSON."""
+"""The report of a layer's calibration: as it is made, and as the store keeps it in JSON, untrusted."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from quantcli.core.errors import InputError
+from quantcli.core.untrusted.names import tensor_name_fault
+from quantcli.core.untrusted.tables import Table
+from quantcli.recipe.methods import recipe_methods
 from quantcli.targets.vllm_family import EXPERT
 
+EDITS = frozenset({"rows", "columns", "value"})  # the vectors of an `Edit`
+_RANGES = ("input_scale", "input_min", "input_max")  # numbers of modules that tables show
 TAKEN_FROM = "taken_from"  # in a layer's report: whose statistics modules without tokens take
 FEW = (5, 10)  # percent of the mean of a layer's experts
 
@@ -64,6 +70,63 @@ class LayerReport:
             "uncalibrated": self.uncalibrated,
             **asdict(self)["results"],
         }
+
+
+@dataclass(frozen=True)
+class StoredReport:
+    """A layer's report as the store has it.
+
+    modules:      by name: `tokens`, `routed` if it was shown all tokens, and other numbers and texts.
+    edits:        the places of vectors by tensor and kind, one of `EDITS`.
+    uncalibrated: modules that no token reached.
+    taken_from:   by module: whose statistics it takes.
+    groups:       of channels that methods have edited, by the methods' `edited_as`.
+    """
+
+    modules: Mapping[str, Mapping[str, Any]]
+    edits: Mapping[str, Mapping[str, str]]
+    uncalibrated: tuple[str, ...]
+    taken_from: Mapping[str, str]
+    groups: Mapping[str, list[Any]]
+
+
+def parse_report(table: Table) -> StoredReport:
+    """The report in a table. InputError for a value of another type than `LayerReport` writes."""
+    edits = table.tables("edits")
+    for name, kinds in edits.items():
+        _check_name(kinds, name)
+        for kind in kinds:
+            kinds.text(kind)
+            if kind not in EDITS:
+                kinds.refuse(kind, "is not an edit that this version knows")
+    modules = table.tables("modules")
+    for name, module in modules.items():
+        _check_name(module, name)
+        _check_module(module)
+    donors = table.table(TAKEN_FROM, Table({}, table.where))
+    words = filter(None, (method.edited_as for method in recipe_methods().values()))
+    return StoredReport(
+        {name: module.value for name, module in modules.items()},
+        {name: {kind: kinds.text(kind) for kind in kinds} for name, kinds in edits.items()},
+        table.texts("uncalibrated"),
+        {name: donors.text(name) for name in donors},
+        {word: table.sequence(word, []) for word in words},
+    )
+
+
+def _check_name(entry: Table, name: str) -> None:
+    if (fault := tensor_name_fault(name)) is not None:
+        raise InputError(fault, where=entry.where, fix=entry.fix)
+
+
+def _check_module(module: Table) -> None:
+    module.integer("tokens")
+    module.integer("routed", None)
+    for key in _RANGES:
+        module.number(key, None)
+    for key, value in module.value.items():
+        if type(value) not in {int, float, str}:
+            module.refuse(key, "should be a number or text")
 
 
 def expert_tokens(modules: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

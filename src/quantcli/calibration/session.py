@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,12 +23,12 @@ from quantcli.calibration.replay.devices import (
     open_device,
     too_little_memory,
 )
-from quantcli.calibration.report import TAKEN_FROM, expert_tokens
+from quantcli.calibration.report import expert_tokens
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.sets.identity import Key, key_of
 from quantcli.calibration.sets.place import Place, finished, finished_of_texts, place_of
 from quantcli.calibration.spread import run as spread
-from quantcli.calibration.store import Store, check_free, groups_of, load_measured, reports
+from quantcli.calibration.store import Store, check_free, load_measured, reports
 from quantcli.calibration.text.dataset import (
     Batch,
     Dataset,
@@ -37,13 +38,17 @@ from quantcli.calibration.text.dataset import (
     load_dataset,
     model_limits,
     source_digest,
+    text_digest,
+    tokenizer_files,
 )
+from quantcli.calibration.text.documents import HUB
 from quantcli.calibration.text.examples import NAME, Examples
+from quantcli.calibration.text.tokenizer import start_process
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.place import check_calibration, check_writable
 from quantcli.core.text import count
-from quantcli.planning.measured import Measured
+from quantcli.planning.measured import Basis, Measured
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.recipe.fields import Calibration
 
@@ -56,6 +61,7 @@ class Session:
 
     root:   the folder that was given. folder: its own, within that one if it holds several.
     reason: why it is not the calibration that is there; empty if there is none, or it is that.
+    basis:  what it is made of; the text of a data set is not known before it is read.
     """
 
     plan: Plan
@@ -63,6 +69,7 @@ class Session:
     folder: Path
     source: TextSource
     key: Key
+    basis: Basis
     layers_done: int
     complete: bool
     reason: str = ""
@@ -94,22 +101,29 @@ def prepare_session(
     fresh: bool = False,
     examples: Examples | None = None,
     others: Sequence[Session] | None = None,
+    data: str | None = None,
 ) -> Session:
-    """Run all checks that need no weights. out: the folder of the checkpoint to be written. examples:
-    the data, in place of what the recipe names. others: the sessions so far that share the folder, with
-    any text and edits; None: those that are there must have the same.
+    """Run all checks that need no weights.
+
+    out: the folder of the checkpoint to be written.
+    examples, data: samples or a text, in place of what the recipe names.
+    others: the sessions so far that share the folder, with any text and edits; None: those that are
+        there must have the same.
 
     InputError if the recipe names no data, or data that does not exist; and if `folder` holds another
     calibration, or cannot hold one.
     """
     check_calibration(folder, plan.checkpoint.path, out)
-    source = _source(plan, examples)
+    source = _source(plan, examples, data)
+    _must_be_given(plan, source)
     if plan.checkpoint.in_memory:
         check_source(source, plan.checkpoint.path, "give the `tokenizer` of the model, or token ids")
     else:
         check_source(source, plan.checkpoint.path)
     check_length(source, model_limits(plan.checkpoint.text_config)[0])
     _check_running(plan)
+    basis = _basis(plan, source)
+    _check_text(plan, basis.text, source.where)
     key = _key(plan, source_digest(source, plan.checkpoint.path))
     taken = None if others is None else [Place(other.folder, other.key) for other in others]
     place = place_of(folder, key, fresh=fresh, taken=taken)
@@ -117,7 +131,40 @@ def prepare_session(
         check_writable(place.folder)
         check_free(place.folder)
     done = place.done, place.complete, place.reason
-    return Session(plan, folder, place.folder, source, key, *done)
+    return Session(plan, folder, place.folder, source, key, basis, *done)
+
+
+def _basis(plan: Plan, source: TextSource) -> Basis:
+    """What a calibration is made of, as far as files tell."""
+    of_ids = source.examples is not None and source.examples.ids
+    files = {} if of_ids else tokenizer_files(plan.checkpoint.path)
+    return Basis(text_digest(source), files, _tool(plan))
+
+
+def _must_be_given(plan: Plan, source: TextSource) -> None:
+    """InputError for the text of a recipe in a checkpoint, which has its name and its sha256 alone."""
+    sha256 = block_of(plan).sha256
+    if sha256 is None or source.examples is not None or source.data.startswith(HUB):
+        return
+    if not os.path.lexists(source.data):
+        raise InputError(
+            f"text `{Path(source.data).name:.200}` does not exist; its sha256 is {sha256}",
+            where=source.where,
+            fix="give the file with --data FILE",
+        )
+
+
+def _check_text(plan: Plan, sha256: str | None, where: str) -> None:
+    """InputError if the text is not the one whose sha256 the recipe has. sha256: None: not known."""
+    asked = block_of(plan).sha256
+    if asked is None or sha256 is None or asked == sha256:
+        return
+    raise InputError(
+        f"this is another text than the recipe's: its sha256 is {sha256}, the recipe's is {asked}",
+        where=where,
+        fix="give the recipe's text with --data FILE; for another one, leave `calibration.sha256` out "
+        "of the recipe",
+    )
 
 
 def _key(plan: Plan, data: str) -> Key:
@@ -126,7 +173,7 @@ def _key(plan: Plan, data: str) -> Key:
     return key_of(plan, block, dtype_of(plan), data=data, batch=batch)
 
 
-def _source(plan: Plan, examples: Examples | None) -> TextSource:
+def _source(plan: Plan, examples: Examples | None, data: str | None) -> TextSource:
     recipe, block = plan.recipe, block_of(plan)
     if block.data is None:
         methods = methods_of(plan)
@@ -137,11 +184,12 @@ def _source(plan: Plan, examples: Examples | None) -> TextSource:
         raise InputError(
             f"{why} needs calibration data, and the recipe names none",
             where=recipe.where("calibration") if recipe.file.calibration else str(recipe.document.path),
-            fix="give the recipe `calibration: {data: FILE}`, or --set calibration.data=FILE",
+            fix="give the recipe `calibration: {data: FILE}`, or --data FILE",
         )
+    where = NAME if examples is not None else f"--data {data}" if data is not None else None
     return TextSource(
-        data=recipe.data_path(),
-        where=recipe.where("calibration", "data") if examples is None else NAME,
+        data=recipe.data_path() if data is None else data,
+        where=where or recipe.where("calibration", "data"),
         samples=block.samples,
         length=block.length,
         seed=block.seed,
@@ -188,7 +236,10 @@ def _batch_tokens(plan: Plan, block: Calibration) -> int:
 def load(session: Session) -> Measured:
     """A finished calibration."""
     folder, layers = finished(session.folder, session.key)
-    return load_measured(folder, layers, session.key.modules)
+    measured = load_measured(folder, layers, session.key.modules)
+    if measured.basis is not None:
+        _check_text(session.plan, measured.basis.text, session.source.where)
+    return measured
 
 
 def load_for(plan: Plan, folder: Path) -> list[Measured]:
@@ -230,6 +281,8 @@ def run_together(
     device = open_device(here.device)
     if done := min(session.layers_done for session in sessions):
         progress.keeps(f"{count(done, 'layer')} in {sessions[0].folder}")
+    if any(session.key.data not in texts for session in (sessions[0], *later)):
+        start_process(trust_remote_code=resources.trust_remote_code)
     progress.phase("building the model, without its weights")
     # before the tokenizer, which reads config.json as well and would be blamed for it
     skeleton = skeleton_of(plan, trust_remote_code=resources.trust_remote_code)
@@ -242,8 +295,9 @@ def run_together(
     with ExitStack() as stack:
         shares = []
         for session, calibration in zip(sessions, runs, strict=True):
-            tool = _tool(session.plan)
-            store = Store(session.folder, session.key, len(skeleton.layers), tool, fresh=fresh)
+            basis = replace(session.basis, text=texts[session.key.data].text)
+            _check_text(session.plan, basis.text, session.source.where)
+            store = Store(session.folder, session.key, len(skeleton.layers), basis, fresh=fresh)
             stack.callback(store.close)
             shares.append(Share(calibration, store, session.name))
         try:
@@ -298,11 +352,11 @@ def summary(session: Session) -> dict[str, Any]:
     modules = {
         name: module_report
         for report in layer_reports
-        for name, module_report in report["modules"].items()
+        for name, module_report in report.modules.items()
     }
     edited: dict[str, list[Any]] = {}
     for report in layer_reports:
-        for word, groups in groups_of(report).items():
+        for word, groups in report.groups.items():
             edited.setdefault(word, []).extend(groups)
     return {
         "calibration": str(session.folder),
@@ -310,12 +364,10 @@ def summary(session: Session) -> dict[str, Any]:
         "modules": modules,
         "experts": expert_tokens(modules),
         "taken_from": {
-            name: donor
-            for report in layer_reports
-            for name, donor in report.get(TAKEN_FROM, {}).items()
+            name: donor for report in layer_reports for name, donor in report.taken_from.items()
         },
         **edited,
-        "uncalibrated": sorted({name for report in layer_reports for name in report["uncalibrated"]}),
+        "uncalibrated": sorted({name for report in layer_reports for name in report.uncalibrated}),
         "no_tokens": sorted(
             name for name, module_report in modules.items() if not module_report["tokens"]
         ),

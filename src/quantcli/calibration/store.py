@@ -20,23 +20,23 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from quantcli.calibration.report import TAKEN_FROM, LayerReport, expert_tokens
+from quantcli.calibration.report import LayerReport, StoredReport, expert_tokens, parse_report
 from quantcli.calibration.sets.identity import Key, digest_of, first_other
-from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.header import StoredTensor, layout, read_header
-from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
-from quantcli.checkpoint.tensors import tensor_bytes
+from quantcli.checkpoint.spec import FLOATS, TensorSpec, safetensors_dtype
+from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import disk_errors, lock, sha256_of, write_file
-from quantcli.core.errors import InputError, QuantError
-from quantcli.planning.measured import Edit, EditFactors, Measured
-from quantcli.recipe.methods import recipe_methods
+from quantcli.core.errors import InputError, QuantError, other_version
+from quantcli.core.untrusted.tables import Table, read_table
+from quantcli.planning.measured import Basis, Edit, EditFactors, Measured
 
 HEAD = "calibration.json"
 _VERSION = 2
@@ -60,10 +60,13 @@ def layer_file(index: int) -> str:
 class Store:
     """The folder of one calibration, locked while it is open."""
 
-    def __init__(self, folder: Path, key: Key, layers: int, tool: str, *, fresh: bool = False) -> None:
-        """Open or begin it. tool: the versions that compute.
+    def __init__(
+        self, folder: Path, key: Key, layers: int, basis: Basis, *, fresh: bool = False
+    ) -> None:
+        """Open or begin it.
 
-        InputError if the folder is not a calibration, has another key, or was begun by other versions.
+        InputError if the folder is not a calibration, has another key, or was begun by other versions
+        or with other rows of a data set.
         """
         self.folder = folder
         self.layers = layers
@@ -77,20 +80,25 @@ class Store:
             lock(self._fd, folder)
             if fresh:
                 self._clear()
-            self._same_tool(tool)
-            document = {"version": _VERSION, "layers": layers, "tool": tool, **asdict(key)}
+            self._same(basis)
+            document = {"version": _VERSION, "layers": layers, **asdict(basis), **asdict(key)}
             write_file(folder / HEAD, (json.dumps(document, indent=2) + "\n").encode())
         except BaseException:
             self.close()
             raise
 
-    def _same_tool(self, tool: str) -> None:
-        if self._begun and read_json_file(self.folder / HEAD).get("tool") != tool:
-            raise InputError(
-                "the calibration was begun by other versions of quantcli, torch or transformers",
-                where=str(self.folder),
-                fix=_anew(self.folder),
-            )
+    def _same(self, basis: Basis) -> None:
+        if not self._begun:
+            return
+        before = read_basis(self.folder)
+        what = "by other versions of quantcli, torch or transformers"
+        if before.tool == basis.tool:
+            if before.text in {None, basis.text}:
+                return
+            what = "with another text: the data set has other rows since"
+        raise InputError(
+            f"the calibration was begun {what}", where=str(self.folder), fix=_anew(self.folder)
+        )
 
     def _clear(self) -> None:
         with disk_errors(self.folder):
@@ -171,7 +179,7 @@ def save_layer(
         writer.abandon()
         raise
     document = report.document()
-    signed = {**document, "sha256": _seal(writer.path, document)}
+    signed = {**document, "sha256": seal_of(writer.path, document)}
     with disk_errors(writer.path):
         writer.path.rename(folder / layer_file(index))
     text = json.dumps(signed, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
@@ -182,7 +190,7 @@ def _report(index: int) -> str:
     return f"layer-{index:05d}.json"
 
 
-def _seal(tensors: Path, report: Mapping[str, Any]) -> str:
+def seal_of(tensors: Path, report: Mapping[str, Any]) -> str:
     """sha256 of a layer's tensors and its report together: neither may change without the other."""
     content = {key: value for key, value in report.items() if key != "sha256"}
     return digest_of([sha256_of(tensors), content])
@@ -215,20 +223,22 @@ def read_head(folder: Path, *, fresh: bool = False) -> tuple[Key, int] | None:
         raise InputError(what, where=str(folder), fix="give another folder")
     if fresh:
         return None
-    with _whole(folder / HEAD):
-        head = read_json_file(folder / HEAD)
-    version, layers = head.get("version"), head.get("layers")
-    if isinstance(version, int) and version < _VERSION:
+    head = _read(folder / HEAD)
+    version = head.value.get("version")
+    if type(version) is int and version < _VERSION:
         what = "the calibration there is of an earlier version, which kept other things"
         raise InputError(what, where=str(folder), fix=_anew(folder))
-    if not isinstance(layers, int) or version != _VERSION:
-        raise InputError(
-            "the calibration cannot be read by this version", where=str(folder), fix=_anew(folder)
-        )
-    kinds = {field.name: str if field.name in {"model", "data"} else dict for field in fields(Key)}
-    if not all(isinstance(head.get(name), kind) for name, kind in kinds.items()):
-        raise InputError("the calibration is damaged", where=str(folder / HEAD), fix=_anew(folder))
-    return Key(**{name: head[name] for name in kinds}), layers
+    if type(version) is not int or version != _VERSION:
+        raise other_version("calibration", version, _VERSION, str(folder))
+    return Key.parse(head), head.integer("layers")
+
+
+def read_basis(folder: Path) -> Basis:
+    """What the calibration in `folder` was made of, as far as it says."""
+    head = _read(folder / HEAD)
+    files = head.table("tokenizer", None)
+    tokenizer = {name: files.text(name) for name in files} if files is not None else {}
+    return Basis(head.text("text", None), tokenizer, head.text("tool", ""))
 
 
 def further_folders(folder: Path) -> list[Path]:
@@ -275,17 +285,9 @@ def load_measured(folder: Path, layers: int, modules: Collection[str] | None = N
     edits: dict[str, Edit] = {}
     edited, no_tokens = Counter[str](), list[str]()
     taken_from, experts = dict[str, str](), dict[str, Any]()
-    for index, report in enumerate(reports(folder, layers)):
-        vectors, path = {}, folder / layer_file(index)
-        with _whole(path):
-            tensors = read_header(path)[0]
-            sealed = report.get("sha256") == _seal(path, report)
-        if not sealed:
-            raise InputError(
-                "a layer has changed since it was measured, or the report next to it has",
-                where=str(path),
-                fix=_anew(folder),
-            )
+    for index in range(layers):
+        report, tensors = _sealed_layer(folder, index)
+        vectors = {}
         for stored in tensors:
             kind, _, rest = stored.spec.name.partition(".")
             if kind == "stats":
@@ -294,49 +296,55 @@ def load_measured(folder: Path, layers: int, modules: Collection[str] | None = N
                     stats.setdefault(module, {})[name] = stored
             else:
                 vectors[rest] = stored
-        for name, kinds in report["edits"].items():
+        for name, kinds in report.edits.items():
+            if lost := [place for place in kinds.values() if place not in vectors]:
+                what = f"edit of `{name}` names `vector.{lost[0]}`, which {layer_file(index)} has not"
+                where = str(folder / _report(index))
+                raise InputError(what, where=where, fix=_anew(folder))
             edits[name] = Edit(**{kind: vectors[place] for kind, place in kinds.items()})
-        edited.update({how: len(groups) for how, groups in groups_of(report).items()})
-        no_tokens += (
-            name for name, module_report in report["modules"].items() if not module_report["tokens"]
-        )
+        edited.update({how: len(groups) for how, groups in report.groups.items()})
+        no_tokens += (name for name, module in report.modules.items() if not module["tokens"])
         taken_from |= {
             module: donor
-            for module, donor in report.get(TAKEN_FROM, {}).items()
+            for module, donor in report.taken_from.items()
             if modules is None or module in modules
         }
-        experts |= expert_tokens(report["modules"])
-    return Measured(stats, edits, edited, tuple(sorted(no_tokens)), taken_from, experts)
+        experts |= expert_tokens(report.modules)
+    unreached, basis = tuple(sorted(no_tokens)), read_basis(folder)
+    return Measured(stats, edits, edited, unreached, taken_from, experts, basis)
 
 
-def reports(folder: Path, layers: int) -> Iterator[dict[str, Any]]:
+def _sealed_layer(folder: Path, index: int) -> tuple[StoredReport, list[StoredTensor]]:
+    """The report of a layer and its tensors. InputError if a file is missing or damaged, and for a
+    tensor that holds NaN or Inf."""
+    table, path = _read(folder / _report(index)), folder / layer_file(index)
+    report = parse_report(table)
+    with _whole(path):
+        tensors = read_header(path)[0]
+        sealed = table.text("sha256", "") == seal_of(path, table.value)
+    if not sealed:
+        raise InputError(
+            "a layer has changed since it was measured, or the report next to it has",
+            where=str(path),
+            fix=_anew(folder),
+        )
+    for stored in tensors:
+        if stored.spec.dtype in FLOATS and not bool(torch.isfinite(read_tensor(stored)).all()):
+            what = f"`{stored.spec.name}` holds a value that is not finite"
+            raise InputError(what, where=str(path), fix=_anew(folder))
+    return report, tensors
+
+
+def reports(folder: Path, layers: int) -> Iterator[StoredReport]:
     """The report of every layer. InputError if one is missing or damaged."""
-    kinds = {"modules": dict, "edits": dict, "uncalibrated": list}
     for index in range(layers):
-        path = folder / _report(index)
-        with _whole(path):
-            report = read_json_file(path)
-        sound = all(isinstance(report.get(key), kind) for key, kind in kinds.items())
-        if not sound or not all(map(_counted, report["modules"].values())):
-            raise _damaged(path)
-        if not all(isinstance(groups, list) for groups in groups_of(report).values()):
-            raise _damaged(path)
-        yield report
+        yield parse_report(_read(folder / _report(index)))
 
 
-def groups_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The lists of the groups of channels that methods have edited in a layer, by the methods'
-    `edited_as`; empty without any."""
-    words = filter(None, (method.edited_as for method in recipe_methods().values()))
-    return {word: report.get(word, []) for word in words}
-
-
-def _counted(module: Any) -> bool:
-    return isinstance(module, dict) and isinstance(module.get("tokens"), int)
-
-
-def _damaged(path: Path) -> InputError:
-    return InputError("report is damaged", where=str(path), fix=_anew(path.parent))
+def _read(path: Path) -> Table:
+    """The object in a file. InputError if it is missing or damaged."""
+    with _whole(path):
+        return read_table(path, _anew(path.parent))
 
 
 @contextmanager

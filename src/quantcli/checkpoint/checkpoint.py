@@ -21,8 +21,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from quantcli.checkpoint.config.places import QUANTIZATION_KEYS, language_model
-from quantcli.checkpoint.config.reading import parse_object
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.files import (
     INDEX,
     OTHER_WEIGHTS,
@@ -31,12 +30,15 @@ from quantcli.checkpoint.files import (
     has_byte_order_mark,
     list_files,
 )
-from quantcli.checkpoint.header import StoredTensor, name_fault, parse_json, read_header
+from quantcli.checkpoint.header import StoredTensor, read_header
 from quantcli.checkpoint.remote.file import RemoteFile, RemoteFolder, as_remote
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.text import count
+from quantcli.core.untrusted import tables
+from quantcli.core.untrusted.names import file_name_fault, tensor_name_fault
+from quantcli.core.untrusted.tables import parse_json, read_bytes
 
 CONFIG = "config.json"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors")
@@ -52,7 +54,6 @@ BELOW = "weights in a folder below the model"
 _BELOW = (".safetensors", ".safetensors.index.json", *OTHER_WEIGHTS)
 _FEW_SHARDS = 16
 _SHORT = 2**19  # bytes of an index or of a header: some 4,000 tensors
-_MAX_JSON = 256 * 2**20  # bytes of an index, a config or a description
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Checkpoint:
     path: Path
     tensors: dict[str, StoredTensor]
     shards: tuple[str, ...]  # weight files, in order
-    config: Table
+    config: Settings
     aux: dict[str, int]  # every other file to carry along: relative path -> bytes
     left_out: dict[str, str]  # files that are not carried along -> why
     problems: list[QuantError] = field(default_factory=list)
@@ -82,7 +83,7 @@ class Checkpoint:
         return self.tensors if self.undecoded is None else self.undecoded
 
     @property
-    def text_config(self) -> Table:
+    def text_config(self) -> Settings:
         """The part of config.json that describes the language model."""
         return language_model(self.config)
 
@@ -219,7 +220,7 @@ def scan_checkpoint(path: Path, progress: Progress = SILENT) -> Checkpoint:
     )
 
 
-def _contradictions(config: Table, tensors: dict[str, StoredTensor]) -> list[InputError]:
+def _contradictions(config: Settings, tensors: dict[str, StoredTensor]) -> list[InputError]:
     """What config.json says otherwise than the headers, and sizes in it that are not numbers."""
     from quantcli.checkpoint.config.sizes import contradictions  # imports this module
 
@@ -247,7 +248,7 @@ def _header_nbytes(file: Path) -> int:
         raise MachineError(f"cannot read: {error.strerror}", where=str(file)) from None
 
 
-def _odd(config: Table, tensors: dict[str, StoredTensor]) -> Iterator[str]:
+def _odd(config: Settings, tensors: dict[str, StoredTensor]) -> Iterator[str]:
     """Notes: not errors, but worth reading."""
     if config and "model_type" not in config:
         yield f"{CONFIG} names no model_type: engines may not know what this is"
@@ -263,22 +264,13 @@ def _odd(config: Table, tensors: dict[str, StoredTensor]) -> Iterator[str]:
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
-    """A JSON object that came with a model: size-limited, duplicate keys refused."""
-    return parse_object(_json_bytes(path), path.name, str(path), "fetch the file again")
+    """A JSON object that came with a model: see `read_table` of core/untrusted."""
+    return dict(tables.read_table(path).value)
 
 
-def _json_bytes(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise InputError(f"{path.name} is over {_MAX_JSON} bytes", where=str(path))
-        return path.read_bytes()
-    except OSError as error:
-        raise MachineError(f"cannot read: {error.strerror}", where=str(path)) from None
-
-
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> Settings:
     """The same, as a table whose values are read by type."""
-    return Table(read_json_file(path), path.name, str(path))
+    return Settings(read_json_file(path), path.name, str(path))
 
 
 def _is_part(entry: dict[str, Any], root: Path) -> InputError:
@@ -300,15 +292,15 @@ def _read_index(root: Path, files: dict[str, int]) -> dict[str, Any] | None:
         raise InputError("`weight_map` of the index is empty", where=where)
     sound: set[str] = set()
     for tensor, shard in weight_map.items():
-        if fault := name_fault(tensor):
+        if fault := tensor_name_fault(tensor):
             raise InputError(fault, where=where)
         if isinstance(shard, str) and shard in sound:
             continue
         place, shard_text = f"{where}, tensor `{tensor}`", reprlib.repr(shard)
         if not isinstance(shard, str):
             raise InputError(f"{shard_text} is not the name of a file", where=place)
-        if not shard.isprintable() or shard in {"", ".", ".."} or re.search(r"[/\\]", shard):
-            raise InputError(f"file name {shard_text} is not one in the model directory", where=place)
+        if fault := file_name_fault(shard, folders=False):
+            raise InputError(fault, where=place)
         if shard.lower().endswith(PICKLES):
             raise InputError(f"`{shard}` is a pickle file", where=place, fix=_PICKLE_FIX)
         if not shard.endswith(".safetensors"):
@@ -404,7 +396,8 @@ def _weights_below(root: Path, files: dict[str, int]) -> list[str]:
 
     Folders that modules.json names are parts of a pipeline of sentence embeddings, and stay.
     """
-    stages = parse_json(_json_bytes(root / STAGES), str(root / STAGES)) if STAGES in files else []
+    path = root / STAGES
+    stages = parse_json(read_bytes(path), str(path)) if STAGES in files else []
     entries = stages if isinstance(stages, list) else []
     kept = [entry.get("path") for entry in entries if isinstance(entry, dict)]
     folders = {name: name.rpartition("/")[0] for name in files if name.lower().endswith(_BELOW)}
@@ -473,10 +466,10 @@ def _disagrees(what: str) -> InputError:
     return InputError(f"index {what}", where=INDEX, fix="fetch the index and the shards again")
 
 
-def _read_config(root: Path, files: dict[str, int], problems: list[QuantError]) -> Table:
+def _read_config(root: Path, files: dict[str, int], problems: list[QuantError]) -> Settings:
     if CONFIG not in files:
         problems.append(
             InputError("model has no config.json", where=str(root), fix="fetch the whole model folder")
         )
-        return Table({})
+        return Settings({})
     return read_table(root / CONFIG)

@@ -14,7 +14,7 @@ from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, read_json_file
 from quantcli.checkpoint.config.places import quantization_blocks
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 
@@ -184,7 +184,7 @@ def _of_speculators(algorithm: str, layers: str) -> Draft:
     return Draft(kind, "DFlashDraftModel" if kind == "DFlash" else f"{kind} of {layers}")
 
 
-def _medusa(config: Table, names: Collection[str]) -> bool:
+def _medusa(config: Settings, names: Collection[str]) -> bool:
     """Whether names are those of Medusa's own repository, with a number for each head."""
     if not names or not all(_MEDUSA_HEAD.fullmatch(name) for name in names):
         return False

@@ -17,13 +17,13 @@ PART = "quantcli_part.json"  # in place of a manifest, if a folder holds a part
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".npz")
 WEIGHTS = ".safetensors"  # ends the name of a weight file
-STALE = "an index or a quantization file, true only for the weights it was made for"
+STALE = "an index, a signature or a quantization file, true only for the weights it was made for"
 _HIDDEN = "not part of the model"
 _UNPRINTABLE = "its name has control characters"
-# Files that describe the source's own quantization or shards: wrong beside new weights.
+# Files that describe the source's own quantization or shards, or sign it: wrong beside new weights.
 _STALE = re.compile(
     r".*\.index\.json|.*quant_model_description.*\.json|hf_quant_config\.json"
-    r"|quanti?z?e?_config\.json|quantcli_((manifest|part)\.json|(source_)?recipe\.yaml)"
+    r"|quanti?z?e?_config\.json|quantcli_((manifest|part)\.json|(source_)?recipe\.yaml)|model\.sig"
 )
 
 _BLOB = re.compile(
@@ -115,15 +115,12 @@ def _contained(file: Path, root: Path) -> int:
         status = target.stat()
     except (OSError, RuntimeError):
         raise InputError("link leads nowhere", where=str(file), fix="fetch the file again") from None
-    if not target.is_relative_to(root):
-        blobs = root.parent.parent / "blobs"
-        of_snapshot = root.parent.name == "snapshots" and target.is_relative_to(blobs)
-        if not of_snapshot and not (stat.S_ISREG(status.st_mode) and _is_hub_blob(target)):
-            raise InputError(
-                "link leads out of the model directory",
-                where=f"{file} -> {target}",
-                fix="replace the link by the file itself",
-            )
+    if not target.is_relative_to(root) and not hub_blob(target, root):
+        raise InputError(
+            "link leads out of the model directory",
+            where=f"{file} -> {target}",
+            fix="replace the link by the file itself",
+        )
     if file.is_dir():
         return 0
     if not stat.S_ISREG(status.st_mode):
@@ -131,6 +128,15 @@ def _contained(file: Path, root: Path) -> int:
             "not a regular file", where=str(file), fix="remove it from the model directory"
         )
     return status.st_size
+
+
+def hub_blob(target: Path, root: Path) -> bool:
+    """Whether a file, its path resolved, is in the Hub's cache, which `root` may link to: a blob, or
+    anything in the folder of the blobs if `root` is a snapshot next to it."""
+    of_snapshot = root.parent.name == "snapshots" and target.is_relative_to(
+        root.parent.parent / "blobs"
+    )
+    return of_snapshot or (target.is_file() and _is_hub_blob(target))
 
 
 def _is_hub_blob(target: Path) -> bool:
@@ -161,6 +167,8 @@ def _is_hub_blob(target: Path) -> bool:
 
 
 JOURNAL = ".quantcli_journal"
+
+SIGNATURE = "model.sig"  # over all other files, by the name that the reference client uses
 
 MANIFEST = "quantcli_manifest.json"
 

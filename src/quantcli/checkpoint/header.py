@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import reprlib
 import struct
 from collections.abc import Iterable, Mapping
@@ -20,18 +19,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from quantcli.checkpoint.spec import DTYPES, TensorSpec
 from quantcli.core.errors import InputError, MachineError
+from quantcli.core.untrusted.names import tensor_name_fault
+from quantcli.core.untrusted.tables import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HEADER = 100_000_000  # bytes, the reference library's limit
 MAX_TENSORS = 1_000_000
-MAX_NAME = 512  # bytes of UTF-8
 MAX_DIMS = 16
-MAX_DIGITS = 1000  # of one number
 _MAX_SIZE = 2**63 - 1
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _REFETCH = "the file is damaged or not a safetensors file: fetch it again"
 
 
@@ -87,48 +85,6 @@ class _Refused(Exception):
         self.tensor = tensor
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _Refused(f"key {key!r:.200} stands twice")
-            seen.add(key)
-    return table
-
-
-def _integer(digits: str) -> int | float:
-    if len(digits) > MAX_DIGITS:
-        raise _Refused(f"a number has {len(digits)} digits")
-    return int(digits) if digits != "-0" else -0.0  # as the reference library reads it
-
-
-def parse_json(data: bytes, where: str, fix: str | None = None) -> Any:
-    """JSON that came with a model: duplicate keys and bottomless nesting are refused.
-
-    So is text that no file can hold: half a surrogate pair. `Infinity` and `NaN` pass: real
-    config.json files hold them (`time_step_limit` of Mamba 2). A byte order mark passes, too: editors
-    on Windows write one.
-    """
-    try:
-        text = data.decode("utf-8-sig")
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
-        if _SURROGATE.search(text):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except _Refused as refused:
-        raise InputError(refused.what, where=where, fix=fix) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 (byte {error.start})", where=where, fix=fix) from None
-    except UnicodeEncodeError:
-        raise InputError("text holds half a surrogate pair", where=where, fix=fix) from None
-    except RecursionError:
-        raise InputError("JSON is nested too deeply", where=where, fix=fix) from None
-    except ValueError as error:
-        raise InputError(f"not valid JSON: {error}", where=where, fix=fix) from None
-    return value
-
-
 def read_header(path: Path) -> tuple[list[StoredTensor], dict[str, str]]:
     """Tensors of a safetensors file in the order of their data, and the `__metadata__` map.
 
@@ -181,7 +137,7 @@ def _check(
     for name, entry in table.items():
         if name == "__metadata__":
             continue
-        if fault := name_fault(name):
+        if fault := tensor_name_fault(name):
             raise _Refused(fault)
         spans.append(_span(name, entry))
     spans.sort(key=lambda span: (span[0], span[1]))
@@ -195,17 +151,6 @@ def _check(
         kind = "file is truncated" if position > data_size else "bytes belong to no tensor"
         raise _Refused(f"{kind}: tensors take {position} bytes, the data section has {data_size}")
     return [StoredTensor(spec, path, data_start + begin) for begin, _, spec in spans], metadata
-
-
-def name_fault(name: str) -> str | None:
-    """What is wrong with the name of a tensor, as it came with a model; None for a good name."""
-    if not name:
-        return "a tensor has an empty name"
-    if len(name.encode()) > MAX_NAME:
-        return f"tensor name starting {name[:40]!r} is over {MAX_NAME} bytes"
-    if not name.isprintable():  # NUL, newlines, escape codes, bidirectional overrides
-        return f"tensor name {name!r} has control characters"
-    return None
 
 
 def _whole(value: Any) -> bool:

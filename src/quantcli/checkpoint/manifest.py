@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from quantcli import __version__
 from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.files import MANIFEST
-from quantcli.core.errors import InputError
+from quantcli.core.errors import InputError, other_version
 
+VERSION = 1  # of the form of manifests
 _SEAL = "sha256"  # of the manifest without this key
 
 
@@ -25,6 +27,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest in `folder`. InputError if it was changed since it was sealed."""
     path = folder / MANIFEST
     table = read_sealed(path, "manifest", "copy the checkpoint again")
+    if (version := table.get("manifest_version")) != VERSION or type(version) is not int:
+        raise other_version("manifest", version, VERSION, str(path))
     files = table.get("files")
     if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
         raise InputError("manifest has no `files`", where=str(path), fix="convert the model again")
@@ -43,6 +47,20 @@ def whole_manifest(content: bytes, sizes: Mapping[str, int]) -> dict[str, Any] |
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
     return table if whole and all(sizes.get(name) == n for name, n in listed.items()) else None
+
+
+def has_recipe(table: Mapping[str, Any], path: Path) -> bool:
+    """Whether the recipe of a manifest is the content of this file."""
+    text = table.get("recipe")
+    if not isinstance(text, str) or not path.is_file():
+        return False
+    return path.read_bytes() == text.encode(errors="surrogatepass")  # halves of characters, as JSON has
+
+
+def tool_of(packages: Mapping[str, str]) -> dict[str, Any]:
+    """What makes a checkpoint, for its manifest. packages: see `Work.packages`."""
+    tool: dict[str, Any] = {"name": "quantcli", "version": __version__}
+    return {**tool, "packages": dict(packages)} if packages else tool
 
 
 def tool_text(tool: Any) -> str:

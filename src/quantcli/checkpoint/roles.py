@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Literal, TypeAlias, get_args
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 
 Role: TypeAlias = Literal[
     "attention", "attention.out", "mlp", "mlp.out", "expert", "shared_expert", "ssm",
@@ -117,11 +117,11 @@ class _Sizes:
         )
 
 
-def _whole(config: Table, keys: Iterable[str]) -> list[int]:
+def _whole(config: Settings, keys: Iterable[str]) -> list[int]:
     return [n for key in keys if (n := config.size(key))]
 
 
-def _others(config: Table, text: Table) -> Iterator[str]:
+def _others(config: Settings, text: Settings) -> Iterator[str]:
     """Names of models that config.json describes next to the language model."""
     for key, inner in config.inner():
         if inner.place == text.place or not key.endswith("_config"):

@@ -16,6 +16,8 @@ from quantcli.cli.recipes import recipes
 from quantcli.cli.recommend import recommend
 from quantcli.cli.release import release
 from quantcli.cli.terminal.environment import HELP
+from quantcli.cli.trust.reproduce import reproduce
+from quantcli.cli.trust.sign import sign
 from quantcli.cli.verify import verify
 from quantcli.core.errors import InputError
 
@@ -67,5 +69,7 @@ def _root(
         raise InputError("argument COMMAND is missing", fix="see `quantcli --help`")
 
 
-for _command in (recommend, inspect, calibrate, quantize, release, pack, verify, recipes):
+for _command in (
+    recommend, inspect, calibrate, quantize, release, pack, verify, reproduce, sign, recipes,
+):  # fmt: skip
     app.command()(_command)

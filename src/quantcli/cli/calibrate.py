@@ -28,6 +28,7 @@ def calibrate(
         Path | None, typer.Option(help="Folder to write [default: MODEL-RECIPE.calibration here].")
     ] = None,
     set_: options.Override = None,
+    data: options.Data = None,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     workers: options.Workers = None,
@@ -45,9 +46,10 @@ def calibrate(
     """
     from quantcli.cli.progress import watch
     from quantcli.commands import calibrate as commands
+    from quantcli.commands.job import with_text
 
     resources = options.resources_of(device, workers, max_memory, executor, trust=trust_remote_code)
-    overrides = tuple(set_ or ())
+    overrides = with_text(tuple(set_ or ()), data)
     with watch(output) as planning:
         session = commands.plan_calibration(
             recipe, model=model, out=out, overrides=overrides, fresh=fresh, progress=planning

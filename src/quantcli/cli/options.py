@@ -38,6 +38,12 @@ Override = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe: rules.0.scheme=keep."),
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT", help="Text to calibrate on: a file, or datasets:ID; wins over the recipe's."
+    ),
+]
 For = Annotated[
     str | None,
     typer.Option(
@@ -80,6 +86,14 @@ Force = Annotated[
     bool, typer.Option("--force", help="Replace OUT once the new checkpoint is complete.")
 ]
 Checksum = Annotated[bool, typer.Option(help="Hash every file for the manifest.")]
+Sign = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign",
+        metavar="KEY.pem",
+        help="Sign the output; certificates may be in the key's file. See `quantcli sign`.",
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE.html", help="Also write one page with charts."),

@@ -46,6 +46,7 @@ def pack(
     fresh: options.Fresh = False,
     force: options.Force = False,
     checksum: options.Checksum = True,
+    sign: options.Sign = None,
 ) -> None:
     """Write a quantized checkpoint in another format.
 
@@ -62,6 +63,8 @@ def pack(
     if not folders or out is None:
         what = "no checkpoint to pack" if not folders else "option --out is missing"
         raise InputError(what, fix=_MERGE if merge else _PACK)
+    from quantcli.commands.job import JobOptions, signer_of
+
     if merge:
         refused = {"--target": target is not None, "--set": bool(set_), "--no-checksum": not checksum}
         if option := next((name for name, is_given in refused.items() if is_given), None):
@@ -70,8 +73,9 @@ def pack(
         from quantcli.convert.destination import destination_of
 
         parts = [Path(folder) for folder in folders]
+        signer, place = signer_of(sign), destination_of(out)
         merge_job = merging.plan_merge(
-            parts, destination_of(out), workers=workers, fresh=fresh, force=force
+            parts, place, workers=workers, fresh=fresh, force=force, signer=signer
         )
         output.message(f"joining {count(parts, 'part')} as {out}")
         convert(
@@ -91,7 +95,6 @@ def pack(
         raise InputError(what, where=folders[1], fix=f"{_PACK}, or {_MERGE}")
     from quantcli.cli.progress import watch
     from quantcli.commands import pack as packing
-    from quantcli.commands.job import JobOptions
 
     with watch(output) as planning:
         job = packing.plan_pack(
@@ -99,7 +102,7 @@ def pack(
             target,
             out,
             overrides=set_ or (),
-            options=JobOptions(workers, fresh, force, checksum),
+            options=JobOptions(workers, fresh, force, checksum, signer=signer_of(sign)),
             progress=planning,
         )
     modules = count(sum(line.modules for line in job.plan.lines), "module")

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,9 @@ from quantcli.cli.app import app
 from quantcli.cli.output import Output
 from quantcli.cli.terminal.environment import COMPLETE, defaults
 from quantcli.cli.terminal.streams import check_stdout, drop, stdout_error
-from quantcli.core.errors import Exit, InputError, Interrupted, QuantError, closest
+from quantcli.core.errors import Exit, InputError, Interrupted, MachineError, QuantError, closest
+from quantcli.core.untrusted.names import printable
+from quantcli.core.untrusted.panics import is_panic
 
 _LONG = 5.0  # seconds
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
@@ -62,6 +65,12 @@ def run(argv: list[str], signals: Signals) -> int:
     except Exception as error:
         out.bug(error)
         return Exit.OUR_BUG
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        what = f"a library of compiled code gave up: {printable(str(error))[:200]}"
+        fix = "free memory, and fetch the model again; if it stays, report it"
+        return _reported(out, MachineError(what, fix=fix))
     finally:
         out.close()
 
@@ -98,7 +107,7 @@ def _guarded(argv: list[str], signals: Signals, out: Output) -> int:
 
 def _run(argv: list[str], out: Output) -> int:
     """The exit code of a command. Replaces typer's `main`, which prints errors in its own way."""
-    group: Any = typer.main.get_command(app)
+    group = _group()
     if COMPLETE in os.environ:
         from quantcli.cli.terminal.completion import complete
 
@@ -120,6 +129,12 @@ def _run(argv: list[str], out: Output) -> int:
     except _UsageError as error:
         raise _usage_error(error, argv[0], group) from None
     return Exit.DONE
+
+
+@cache
+def _group() -> Any:
+    """What typer makes of the functions of commands: it takes a while, and some processes run many."""
+    return typer.main.get_command(app)
 
 
 def _usage_error(error: Any, name: str, group: Any) -> InputError:

@@ -35,6 +35,7 @@ def quantize(
         typer.Option(metavar="PLACE", help=f"{options.PLACES} [default: MODEL-RECIPE here]."),
     ] = None,
     set_: options.Override = None,
+    data: options.Data = None,
     plan: options.PlanOnly = False,
     part: Annotated[
         str | None,
@@ -49,6 +50,7 @@ def quantize(
     fresh: options.Fresh = False,
     force: options.Force = False,
     checksum: options.Checksum = True,
+    sign: options.Sign = None,
     calibration: options.Calibration = None,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
@@ -70,12 +72,13 @@ def quantize(
     from quantcli.commands.recommend import choose
 
     resources = options.resources_of(device, workers, max_memory, executor, trust=trust_remote_code)
+    signer = jobs.signer_of(sign)
     with watch(output) as planning:
         chosen = choose(
             recipe,
             model,
             serve_on,
-            tuple(set_ or ()),
+            jobs.with_text(tuple(set_ or ()), data),
             with_data=calibration is not None,
             progress=planning,
         )
@@ -85,7 +88,7 @@ def quantize(
             out=out,
             overrides=chosen.overrides,
             options=jobs.JobOptions(
-                workers, fresh, force, checksum, calibration, part, resources.executor
+                workers, fresh, force, checksum, calibration, part, resources.executor, signer
             ),
             progress=planning,
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
-from quantcli.commands.job import JobOptions
+from quantcli.commands.job import JobOptions, signer_of, with_text
 from quantcli.commands.keywords import (
     Calibrating,
     Converting,
@@ -113,10 +113,12 @@ def quantize(
                  perhaps `attention_mask`. Each is one sample, and all are taken.
     on_progress: is called with each `Event`, from any thread; `print` shows them.
     set:         changes of the recipe: {"calibration.samples": 64}, or ["calibration.samples=64"].
+    data:        text to calibrate on: a file, or "datasets:ID"; wins over the recipe's.
     workers:     threads; by default one for each core.
     fresh:       start over in place of continuing.
     force:       replace `out` once the new checkpoint is complete.
     checksum:    hash every file for the manifest.
+    sign:        a private key in PEM, which signs the checkpoint; its certificates may be in its file.
     calibration: the folder of a calibration to use or to make; by default OUT.calibration.
     part:        "2/3": write only part 2 of 3, for `pack(..., merge=True)`; "nodes": each node of
                  `executor` writes one to its own disk, as notes of the result say.
@@ -187,7 +189,7 @@ def _plan(
         recipe if isinstance(recipe, Mapping) else str(recipe),
         given.model,
         options["for_"],
-        assignments(options["set"]),
+        _changes(options),
         with_data=given.examples is not None or options["calibration"] is not None,
         progress=given.progress,
     )
@@ -204,10 +206,17 @@ def _plan(
             path_of(options["calibration"]),
             options["part"],
             parse_executor(options["executor"]),
+            signer_of(options["sign"]),
         ),
         examples=given.examples,
         progress=given.progress,
     )
+
+
+def _changes(options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The changes of a recipe by `set` and `data`."""
+    data = options["data"]
+    return with_text(assignments(options["set"]), None if data is None else str(data))
 
 
 def resources_of(options: Mapping[str, Any]) -> Resources:
@@ -244,7 +253,7 @@ def calibrate(
 
     The same call again continues an interrupted one after its last layer.
 
-    recipe, model, tokenizer, example_inputs, set, workers, executor, device, max_memory,
+    recipe, model, tokenizer, example_inputs, set, data, workers, executor, device, max_memory,
     trust_remote_code, on_progress: as of `quantize`.
     out:   the folder to write, for `quantize(..., calibration=out)`.
     fresh: start over in place of continuing.
@@ -260,7 +269,7 @@ def calibrate(
         recipe if isinstance(recipe, Mapping) else str(recipe),
         model=given.model,
         out=path_of(out),
-        overrides=assignments(options["set"]),
+        overrides=_changes(options),
         fresh=options["fresh"],
         examples=given.examples,
         progress=progress,
@@ -285,12 +294,13 @@ def pack(
     target:      the format to write, such as "compressed-tensors".
     out:         the folder or the address to write, as of `quantize`.
     set:         options of the target.
-    on_progress, workers, fresh, force, checksum: as of `quantize`.
+    on_progress, workers, fresh, force, checksum, sign: as of `quantize`.
 
     Raises InputError for a checkpoint that the format cannot hold, and for parts that make no whole.
     """
     progress = progress_of(on_progress)
     workers, fresh, force = options["workers"], options["fresh"], options["force"]
+    signer = signer_of(options["sign"])
     if merge:
         from quantcli.convert import merge as merging
         from quantcli.convert.destination import destination_of
@@ -299,7 +309,9 @@ def pack(
             raise InputError("`merge` takes no `target`, `set` or `checksum`", fix="leave them out")
         folders = [checkpoint] if isinstance(checkpoint, str | os.PathLike) else checkpoint
         parts, place = [Path(folder) for folder in folders], destination_of(place_of(out))
-        merge_job = merging.plan_merge(parts, place, workers=workers, fresh=fresh, force=force)
+        merge_job = merging.plan_merge(
+            parts, place, workers=workers, fresh=fresh, force=force, signer=signer
+        )
         joined = merging.merge(merge_job, progress)
         merged = Merged(**{**merging.to_json(merge_job), "out": merge_job.out.value})
         return Packed(**files_of(joined), notes=list(joined.notes), plan=merged)
@@ -312,7 +324,7 @@ def pack(
         target,
         place_of(out),
         overrides=assignments(options["set"]),
-        options=JobOptions(workers, fresh, force, options["checksum"]),
+        options=JobOptions(workers, fresh, force, options["checksum"], signer=signer),
         progress=progress,
     )
     written = commands.pack(job, progress)

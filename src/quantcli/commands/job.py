@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +18,7 @@ from quantcli.core.threads import default_workers
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session
+    from quantcli.checkpoint.signature.keys import Signer
     from quantcli.convert.destination import Destination, Room
     from quantcli.convert.execute import RunOptions, Written
     from quantcli.core.events import Progress
@@ -79,6 +81,7 @@ class JobOptions:
     calibration: the folder of a calibration to use or to make; None: OUT.calibration.
     part:        as in "2/3"; it goes to OUT.part-2-of-3. "nodes": each node of the cluster writes one.
     executor:    the cluster whose nodes write; None: threads of this process.
+    signer:      signs the output; None: nobody does. InputError if there are no hashes to sign.
     """
 
     workers: int | None = None
@@ -88,6 +91,18 @@ class JobOptions:
     calibration: Path | None = None
     part: str | None = None
     executor: Executor | None = None
+    signer: Signer | None = None
+
+    def __post_init__(self) -> None:
+        if self.signer is None:
+            return
+        if self.part is not None:
+            what = "a part is not signed: the checkpoint is, when its parts are joined"
+            fix = "give --sign to `quantcli pack --merge`"
+            raise InputError(what, where=f"--part {self.part}", fix=fix)
+        if not self.checksum:
+            what = "--sign needs the hashes that --no-checksum leaves out"
+            raise InputError(what, fix="leave one of them out")
 
     def of_run(self) -> RunOptions:
         """The options of the run itself."""
@@ -98,12 +113,18 @@ class JobOptions:
         if self.executor is not None and self.workers is None:
             workers = min(workers, TASK_WORKERS)
         parts = self.part == ON_NODES
-        return RunOptions(
-            workers, self.fresh, self.force, self.checksum, executor=self.executor, parts=parts
-        )
+        how = self.fresh, self.force, self.checksum
+        return RunOptions(workers, *how, executor=self.executor, parts=parts, signer=self.signer)
 
 
 USUAL = JobOptions()
+
+
+def signer_of(key: str | os.PathLike[str] | None) -> Signer | None:
+    """What signs; None for nobody. InputError for a file without a private key."""
+    from quantcli.checkpoint.signature.keys import load_signer
+
+    return None if key is None else load_signer(Path(key))
 
 
 def make_job(
@@ -251,6 +272,11 @@ def describe(session: Session) -> dict[str, Any]:
         "smooth": "smooth" in methods,
         "methods": methods,
     }
+
+
+def with_text(overrides: tuple[str, ...], data: str | None) -> tuple[str, ...]:
+    """Changes of a recipe, and the text of --data, which wins over them."""
+    return overrides if data is None else (*overrides, f"calibration.data={json.dumps(data)}")
 
 
 @dataclass(frozen=True)

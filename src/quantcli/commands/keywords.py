@@ -58,6 +58,7 @@ class Calibrating(TypedDict, total=False):
     """Options of what calibrates."""
 
     set: _Assignments
+    data: PathLike | None
     workers: int | None
     fresh: bool
     executor: str
@@ -70,6 +71,7 @@ class Planning(TypedDict, total=False):
     """Options of a plan."""
 
     set: _Assignments
+    data: PathLike | None
     workers: int | None
     fresh: bool
     force: bool
@@ -77,12 +79,25 @@ class Planning(TypedDict, total=False):
     calibration: PathLike | None
     part: str | None
     executor: str
+    sign: PathLike | None
     for_: str | None
 
 
 class Converting(Planning, total=False):
     """Options of a conversion, which may calibrate first."""
 
+    device: str
+    max_memory: int | str | None
+    trust_remote_code: bool
+
+
+class Reproducing(TypedDict, total=False):
+    """Options of `reproduce`."""
+
+    workers: int | None
+    fresh: bool
+    calibration: PathLike | None
+    executor: str
     device: str
     max_memory: int | str | None
     trust_remote_code: bool
@@ -96,11 +111,14 @@ class Packing(TypedDict, total=False):
     fresh: bool
     force: bool
     checksum: bool
+    sign: PathLike | None
 
 
 class Verifying(TypedDict, total=False):
     """Options of `verify`: the fields of VerifyOptions."""
 
+    identity: PathLike | None
+    signer: str | None
     full: bool
     against: PathLike | None
     calibration: PathLike | None
@@ -123,9 +141,9 @@ class Verifying(TypedDict, total=False):
 
 
 DEFAULTS: dict[str, Any] = {
-    "set": (), "workers": None, "fresh": False, "force": False, "checksum": True, "calibration": None,
-    "part": None, "executor": "threads", "for_": None, "device": "cpu", "max_memory": None,
-    "trust_remote_code": False,
+    "set": (), "data": None, "workers": None, "fresh": False, "force": False, "checksum": True,
+    "calibration": None, "part": None, "executor": "threads", "for_": None, "device": "cpu",
+    "max_memory": None, "trust_remote_code": False, "sign": None,
 }  # fmt: skip
 
 
@@ -228,11 +246,11 @@ def assignments(values: _Assignments) -> tuple[str, ...]:
         for value in values:
             check("set", value, str)
         return tuple(values)
-    import json
+    from quantcli.core.untrusted.yaml_text import write_value
 
     try:
         return tuple(
-            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            f"{key}={value if isinstance(value, str) else write_value(value)}"
             for key, value in values.items()
         )
     except (TypeError, ValueError, RecursionError) as error:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quantcli.calibration.sets.identity import content_digest
-from quantcli.calibration.text.dataset import quiet
 from quantcli.calibration.text.documents import sentence
+from quantcli.calibration.text.tokenizer import quiet
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.header import StoredTensor, encode_header
 from quantcli.checkpoint.memory import MemoryFile, Span

@@ -11,6 +11,7 @@ from quantcli.commands.job import USUAL, Job, JobOptions, job_json, make_job, op
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.registry import discover
+from quantcli.core.untrusted.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from quantcli.convert.execute import Written
@@ -52,18 +53,13 @@ def plan_pack(
 
 def _values(options: Sequence[str]) -> dict[str, Any]:
     """The options of a target by their keys. InputError for one that is not KEY=VALUE."""
-    import yaml
-
     values: dict[str, Any] = {}
     for option in options:
         key, equals, text = option.partition("=")
         if not equals:
-            fix = "give KEY=VALUE: an option of the target"
-            raise InputError("is no KEY=VALUE", where=f"--set {option}", fix=fix)
-        try:
-            values[key] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise InputError("value is no YAML", where=f"--set {option}", fix="quote it") from None
+            what, fix = f"`{option}` is not of the form KEY=VALUE", "KEY is an option of the target"
+            raise InputError(what, where=f"--set {option}", fix=fix)
+        values[key] = read_yaml(text, f"--set {option}").data
     return values
 
 

@@ -98,12 +98,12 @@ def choose(
     chosen = next((row for row in fitting if with_data or not row["needs_data"]), None)
     if chosen is None:
         what = f"every recipe that fits {found.device['name']} needs a calibration text"
-        fix = f"add --set calibration.data=FILE; `{fitting[0]['recipe']}` comes first"
+        fix = f"add --data FILE; `{fitting[0]['recipe']}` comes first"
         raise InputError(what, where=f"--for {device}", fix=fix)
     progress.say(f"{AUTO}: `{chosen['recipe']}` for {found.device['name']}: {chosen['reason']}")
     if fitting[0] is not chosen:
         first = fitting[0]["recipe"]
-        progress.say(f"{AUTO}: `{first}` comes first, but needs a text: --set calibration.data=FILE")
+        progress.say(f"{AUTO}: `{first}` comes first, but needs a text: --data FILE")
     return Chosen(chosen["recipe"], (*chosen["overrides"], *overrides))
 
 

@@ -398,6 +398,40 @@ class Verification(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reproduction(Result):
+    """The outcome of making a checkpoint again; docs/trust.md describes it.
+
+    ok:          whether all bytes are the same.
+    checkpoint:  the folder, the Hub id or the address.
+    model:       likewise.
+    difference:  "file", "tensor", "index", "stored", "planned", "count" of the first one; None without.
+    differences: one for each tensor and file that differs.
+    summary:     the first difference as a sentence; None without any.
+    files:       how many files were compared.
+    tensors:     how many tensors.
+    bytes:       of all files, without the manifest.
+    statistics:  "recorded" and "now": sha256 of the calibration's results; None without a calibration.
+    made_by:     the versions that made the checkpoint.
+    here:        the versions that made it again.
+    notes:       remarks, such as on what was not recorded.
+    """
+
+    ok: bool
+    checkpoint: str
+    model: str
+    difference: Row | None
+    differences: list[Row]
+    summary: str | None
+    files: int
+    tensors: int
+    bytes: int
+    statistics: Row | None
+    made_by: str
+    here: str
+    notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison(Result):
     """The outcome of verifying several checkpoints.
 

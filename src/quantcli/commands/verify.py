@@ -34,7 +34,13 @@ def run(
     """
     from quantcli.checkpoint.hub import find_model
 
-    folders = [_with_weights(find_model(str(each), progress)) for each in options.checkpoints]
+    if options.identity is not None:
+        from quantcli.checkpoint.signature.keys import load_identity
+
+        load_identity(options.identity, options.signer)  # again in a moment, after models are fetched
+    folders = [find_model(str(each), progress) for each in options.checkpoints]
+    if options.identity is None:  # else a file that is missing is what the signature may tell
+        folders = [*map(_with_weights, folders)]
     if len({folder.resolve() for folder in folders}) < len(folders):
         what = "names a checkpoint twice"
         raise InputError(what, where=" ".join(map(str, options.checkpoints)), fix="give each once")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from quantcli.checkpoint.checkpoint import must_be_unchanged
-from quantcli.checkpoint.files import MANIFEST, PART
+from quantcli.checkpoint.files import MANIFEST, PART, SIGNATURE
 from quantcli.checkpoint.manifest import encode_manifest
+from quantcli.checkpoint.signature.bundle import bundle_bytes, statement_bytes
+from quantcli.checkpoint.signature.keys import Signer
 from quantcli.convert.destination import Destination, Draft, Entry, Start
 from quantcli.convert.shards import ShardRun
 from quantcli.convert.spread.run import write_spread
@@ -37,6 +40,7 @@ class RunOptions:
     block_elements: elements of a row block; None: see `elements_of`.
     executor:       the cluster whose nodes write shards; None: threads of this process do.
     parts:          each node of the cluster writes a part to a disk of its own.
+    signer:         signs the checkpoint; None: nobody does. Needs `checksum`.
     """
 
     workers: int
@@ -46,6 +50,7 @@ class RunOptions:
     block_elements: int | None = None
     executor: Executor | None = None
     parts: bool = False
+    signer: Signer | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ def _begin(order: Order[Any], options: RunOptions, progress: Progress) -> Draft:
             fix="run `quantcli calibrate` with this recipe and model first",
         )
     head = run_head(plan, checksum=options.checksum)
-    files = planned_files(plan, order.part)
+    files = planned_files(plan, order.part, signed=options.signer is not None)
     return order.out.begin(Start(head, files, options.fresh, options.force, progress))
 
 
@@ -200,7 +205,7 @@ def _finish(order: Order[W], run: ShardRun, draft: Draft, options: RunOptions) -
     head = plan.manifest()
     notes: tuple[str, ...] = ()
     if order.part is None:
-        draft.close_with(MANIFEST, listing(head, files), files)
+        files = close_signed(draft, order.out.name, listing(head, files), files, options.signer)
         ours, faults = draft.verified()
         notes = (*faults, *draft.notes)
         assert not ours, f"{ours[0].check}: {ours[0].what} ({ours[0].where}), in {draft.place}"
@@ -215,12 +220,26 @@ def _finish(order: Order[W], run: ShardRun, draft: Draft, options: RunOptions) -
     return Written(order.out, files, run.reused, plan, notes)
 
 
-def planned_files(plan: Work, part: Part | None) -> list[str]:
+def close_signed(
+    draft: Draft, model: str, content: bytes, files: dict[str, Entry], signer: Signer | None
+) -> dict[str, Entry]:
+    """Write the manifest, whose bytes are `content`, and if somebody signs, the signature over it and
+    all files. Gives the files, the signature among them. model: the name of the checkpoint."""
+    if signer is not None:
+        digests = {name: str(entry["sha256"]) for name, entry in files.items()}
+        digests[MANIFEST] = hashlib.sha256(content).hexdigest()
+        signature = bundle_bytes(signer.sign(statement_bytes(model, digests)))
+        files = {**files, SIGNATURE: draft.put(SIGNATURE, signature, checksum=False)}
+    draft.close_with(MANIFEST, content, files)
+    return files
+
+
+def planned_files(plan: Work, part: Part | None, *, signed: bool = False) -> list[str]:
     """The names of all files that a run writes."""
     names = [shard.file for shard in (part.shards(plan) if part else plan.shards)]
     if part is None or part.carries:
         names += [*plan.sidecars, *plan.copies]
-    return [*names, PART if part else MANIFEST]
+    return [*names, PART if part else MANIFEST, *([SIGNATURE] if signed else [])]
 
 
 def listing(head: dict[str, Any], files: dict[str, Entry]) -> bytes:

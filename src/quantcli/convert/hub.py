@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from rich.filesize import decimal
 
 from quantcli.checkpoint.checkpoint import CONFIG
-from quantcli.checkpoint.files import CARD, INDEX, JOURNAL, MANIFEST, WEIGHTS
+from quantcli.checkpoint.files import CARD, INDEX, JOURNAL, MANIFEST, SIGNATURE, WEIGHTS
 from quantcli.checkpoint.hub.upload import Branch, Content, Sent, open_branch, parse, send
 from quantcli.checkpoint.manifest import whole_manifest
 from quantcli.checkpoint.remote.hub_folder import HubFolder
@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
 _KEPT = {".gitattributes", "LICENSE"}  # of a repository that was there before
 _HARMLESS = {*_KEPT, CARD}  # what a repository without a model may have
-_LOOKS_DONE = (MANIFEST, CONFIG, INDEX, CARD)
-_LATE = (CONFIG, MANIFEST)
+_LOOKS_DONE = (MANIFEST, SIGNATURE, CONFIG, INDEX, CARD)
+_LATE = (CONFIG, SIGNATURE, MANIFEST)
 _LOCK = ".lock"
 
 

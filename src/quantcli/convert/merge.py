@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.files import MANIFEST
+from quantcli.checkpoint.files import MANIFEST, SIGNATURE
 from quantcli.convert.destination import Destination, Draft, Entry, Start
 from quantcli.convert.part_folder import AGAIN, PartFolder, check_set, read_part
 from quantcli.core.errors import InputError
@@ -18,6 +18,7 @@ from quantcli.core.text import count
 from quantcli.core.threads import default_workers
 
 if TYPE_CHECKING:
+    from quantcli.checkpoint.signature.keys import Signer
     from quantcli.convert.execute import Written
 
 
@@ -30,6 +31,7 @@ class Merge:
     workers: int
     fresh: bool
     force: bool
+    signer: Signer | None  # who signs the result; None: nobody
     linked: bool  # whether weight files become further names of the parts' files, and take no space
 
     @property
@@ -57,12 +59,16 @@ def plan_merge(
     workers: int | None = None,
     fresh: bool = False,
     force: bool = False,
+    signer: Signer | None = None,
 ) -> Merge:
     """Check what headers and sizes show: one plan, each part once, sizes of files.
 
-    InputError for parts that make no whole.
+    InputError for parts that make no whole, and for parts without hashes that are to be signed.
     """
     parts = check_set([read_part(folder) for folder in folders])
+    if signer is not None and not parts[0].whole["checksum"]:
+        what = "parts were written with --no-checksum: there are no hashes to sign"
+        raise InputError(what, where=str(folders[0]), fix="leave --sign out, then `quantcli sign`")
     for part in parts:
         for name, entry in part.files.items():
             path = part.path / name
@@ -76,7 +82,7 @@ def plan_merge(
                 )
         out.check(part.path.resolve(), force=force, what=f"the {part.part}")
     linked = out.links([part.path / name for part in parts for name in part.files])
-    merge = Merge(parts, out, workers or default_workers(), fresh, force, linked)
+    merge = Merge(parts, out, workers or default_workers(), fresh, force, signer, linked)
     out.done(None if fresh else merge.head)
     shards = merge.parts[0].whole["shards"]
     copied = {n: entry for n, entry in merge.files.items() if not linked or n not in shards}
@@ -89,11 +95,11 @@ def merge(job: Merge, progress: Progress = SILENT) -> Written[None]:
 
     Every file is read, and hashes are compared if the parts have them. InputError for a damaged file.
     """
-    from quantcli.convert.execute import Written, listing
+    from quantcli.convert.execute import Written, close_signed, listing
 
     whole = job.parts[0].whole
     with job.out.begin(
-        Start(job.head, [*job.files, MANIFEST], job.fresh, job.force, progress)
+        Start(job.head, [*job.files, MANIFEST, SIGNATURE], job.fresh, job.force, progress)
     ) as draft:
         run = _Gather(job, draft, progress)
         work = [(part, name) for part in job.parts for name in part.files]
@@ -103,7 +109,8 @@ def merge(job: Merge, progress: Progress = SILENT) -> Written[None]:
             reused = sum(pool.map(run.gather, *zip(*work, strict=True)))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-        draft.close_with(MANIFEST, listing(whole["manifest"], job.files), job.files)
+        content = listing(whole["manifest"], job.files)
+        files = close_signed(draft, job.out.name, content, job.files, job.signer)
         ours, faults = draft.verified()
         notes = (*faults, *draft.notes)
         if ours:
@@ -115,7 +122,7 @@ def merge(job: Merge, progress: Progress = SILENT) -> Written[None]:
         for part in job.parts:
             job.out.check(part.path.resolve(), force=job.force, what=f"the {part.part}")
         draft.publish()
-    return Written(job.out, dict(sorted(job.files.items())), reused, None, notes)
+    return Written(job.out, dict(sorted(files.items())), reused, None, notes)
 
 
 class _Gather:

@@ -12,8 +12,8 @@ from typing import Any
 
 from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
 from quantcli.checkpoint.manifest import read_sealed, tool_text
-from quantcli.core.errors import InputError
-from quantcli.planning.parts import MOST, Part
+from quantcli.core.errors import InputError, other_version
+from quantcli.planning.parts import MOST, PART_VERSION, Part
 
 _ENTRY = {"bytes"}, {"bytes", "sha256", "blake3"}
 AGAIN = "copy the part again, or run its `quantcli quantize --part` again with --force"
@@ -56,6 +56,8 @@ def read_part(folder: Path) -> PartFolder:
             raise InputError("this is a whole checkpoint, not a part", where=str(folder), fix=fix)
         raise InputError("this is not a part of a conversion", where=str(folder), fix=fix)
     table = read_sealed(path, "description of the part", AGAIN)
+    if (version := table.get("part_version")) != PART_VERSION or type(version) is not int:
+        raise other_version("description of the part", version, PART_VERSION, str(path))
     try:
         return _parse(folder, table)
     except (AttributeError, KeyError, TypeError, ValueError):
@@ -73,8 +75,7 @@ def _parse(folder: Path, table: dict[str, Any]) -> PartFolder:
         table[key] for key in ("shards", "carried", "manifest", "files")
     )
     sound = (
-        table["part_version"] == 1
-        and 1 <= part.number <= part.of <= MOST
+        1 <= part.number <= part.of <= MOST
         and isinstance(carried, list)
         and isinstance(manifest["plan"], str)
         and isinstance(table["checksum"], bool)
@@ -173,6 +174,6 @@ def _difference(usual: dict[str, Any], odd: dict[str, Any]) -> str:
         return "one was written with --checksum, the other without"
     keys = (key for key in sorted(usual_manifest.keys() | odd_manifest.keys()) if key != "plan")
     other = next((key for key in keys if usual_manifest.get(key) != odd_manifest.get(key)), None)
-    if other is not None:
+    if other is not None and other != "calibration":
         return f"{other} differs"
     return "the calibrations differ, or the files next to the model's weights"

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import read_json_file
-from quantcli.checkpoint.files import MANIFEST, PART
+from quantcli.checkpoint.files import MANIFEST, PART, SIGNATURE
 from quantcli.convert.journal import discard
 from quantcli.core.disk import disk_errors, sync_folder
 from quantcli.core.errors import InputError, QuantError
@@ -27,7 +27,7 @@ def only_ours(folder: Path) -> bool:
     listing = folder / (PART if (folder / PART).is_file() else MANIFEST)
     try:
         table = read_json_file(listing)
-        files = {folder / name for name in table["files"]} | {listing}
+        files = {folder / name for name in [*table["files"], SIGNATURE]} | {listing}
     except (QuantError, KeyError, TypeError):
         return not any(folder.iterdir())
     return all(path in files or path.is_dir() for path in folder.rglob("*"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,16 +67,23 @@ class Hashes:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read in small pieces."""
-    digest = hashlib.sha256()
-    _read(path, digest)
-    return digest.hexdigest()
+    return digest_of(path, "sha256")
 
 
 def blake3_of(path: Path) -> str:
     """Hex digest of a file, read in small pieces."""
-    digest = blake3()
-    _read(path, digest)
-    return digest.hexdigest()
+    return digest_of(path, "blake3")
+
+
+def digest_of(path: Path, algorithm: str, start: int = 0, stop: int | None = None) -> str:
+    """Hex digest of bytes [start, stop) of a file, read in small pieces.
+
+    algorithm: blake3, or a name that hashlib knows. stop: None for the end. A file that ends before
+    gives the digest of what there is.
+    """
+    digest = blake3() if algorithm == "blake3" else hashlib.new(algorithm)
+    _read(path, digest, start, stop)
+    return str(digest.hexdigest())
 
 
 def file_entry(path: Path, *, checksum: bool) -> dict[str, Any]:
@@ -88,11 +96,15 @@ def file_entry(path: Path, *, checksum: bool) -> dict[str, Any]:
     return entry
 
 
-def _read(path: Path, digest: Any) -> None:
+def _read(path: Path, digest: Any, start: int = 0, stop: int | None = None) -> None:
+    left = math.inf if stop is None else stop - start
     with disk_errors(path), path.open("rb", buffering=0) as file:
+        file.seek(start)
         buffer = bytearray(_HASH_BYTES)
-        while n := file.readinto(buffer):
+        while left > 0 and (n := file.readinto(buffer)):
+            n = int(min(n, left))
             digest.update(memoryview(buffer)[:n])
+            left -= n
 
 
 def sync_folder(folder: Path) -> None:

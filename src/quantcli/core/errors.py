@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from typing import Any
 
+from quantcli.core.text import UPGRADE
+
 SCHEMA_VERSION = 1  # of the documents that --json prints
 
 
@@ -113,6 +115,17 @@ class Interrupted(QuantError):
     """Ctrl-C or SIGTERM (exit 130)."""
 
     exit_code = Exit.INTERRUPTED
+
+
+def other_version(noun: str, version: Any, reads: int, where: str) -> InputError:
+    """The error for a file of ours in a form that this version does not read.
+
+    noun: what it is. reads: the version of the form that is read.
+    """
+    newer = type(version) is int and version > reads
+    fix = UPGRADE if newer else "make it again with this version of quantcli"
+    what = f"the {noun} has version {version!r:.40}; this quantcli reads version {reads}"
+    return InputError(what, where=where, fix=fix)
 
 
 def closest(name: str, candidates: Iterable[str], limit: int = 3) -> str:

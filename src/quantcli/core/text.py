@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sized
 
 _REPOSITORY = "git+https://github.com/quantcli/quantcli"
+UPGRADE = f"pip install --upgrade 'quantcli @ {_REPOSITORY}'"
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB")
 
 

@@ -291,6 +291,8 @@ def quantize_block(
     if calibrated.row_stats:
         count = len(rows)
         row_stats = {name: read(first_row, count) for name, read in calibrated.row_stats.items()}
+        if "codes" in row_stats:
+            _check_codes(row_stats["codes"], item)
         constants = {**constants, **row_stats}
     parts = item.scheme.quantize(rows, torch_dtype(item.engine_dtypes.weight_scale), constants, bias)
     if not math.isfinite(float(parts["weight_scale"].abs().amax())):  # NaN passes through amax
@@ -298,6 +300,22 @@ def quantize_block(
     parts["weight_scale"] = parts["weight_scale"].to(torch_dtype(item.engine_dtypes.weight_scale))
     n, k = item.source.spec.shape
     return target.pack_module(item.module, item.scheme.numerics, parts, (n, k))
+
+
+def _check_codes(codes: Tensor, item: Quantize) -> None:
+    """InputError for stored codes that the type of the item's weights does not have."""
+    element = item.scheme.numerics.weight.element
+    if element.family == "int":
+        least, largest = codes.aminmax()
+        sound = element.least <= int(least) and int(largest) <= element.largest
+    else:  # of two in a byte, each is a number
+        sound = element.per_byte > 1 or bool(torch.isfinite(codes.float()).all())
+    if not sound:
+        raise InputError(
+            f"the calibration has codes that {element.name} does not have",
+            where=f"`{item.module}` in {item.row_stats['codes'].file}",
+            fix="calibrate again, in another folder",
+        )
 
 
 def measured_constants(item: Quantize) -> Parts:

@@ -56,7 +56,7 @@ class Outcome:
 
     engine_dtypes: EngineDtypes
     outputs: tuple[Output, ...]  # named by suffix ("weight", "weight_scale")
-    stats: frozenset[str]  # statistics that the scheme needs; empty for schemes that need no data
+    stats: Mapping[str, TensorSpec]  # that the scheme needs; empty for schemes that need no data
     row_multiple: int
 
 
@@ -116,7 +116,13 @@ def dry_run(
     multiple = math.lcm(scheme.row_multiple, target.layout(scheme.numerics).row_multiple)
     with shapes_only():
         outputs = planned_outputs(packed, target, scheme.numerics, spec.name, (n, k), multiple)
-    return Outcome(engine_dtypes, outputs, frozenset(stats), multiple)
+    specs = {
+        name: TensorSpec(name, safetensors_dtype(tensor.dtype), tuple(tensor.shape))
+        for name, tensor in stats.items()
+    }
+    for name in specs.keys() & scheme.row_stats:
+        specs[name] = replace(specs[name], shape=(n, *specs[name].shape[1:]))
+    return Outcome(engine_dtypes, outputs, specs, multiple)
 
 
 class _Undeclared(Exception):
@@ -228,21 +234,8 @@ def _items(
         outputs = tuple(output.of(module) for output in outcome.outputs)
         surveyed = amax_groups.get(siblings.group(module) or module, ())
         if scheme.needs_column_amax:
-            surveyed = ((stored, measured.edits.get(name)),)
-        module_stats = NOTHING_MEASURED
-        if outcome.stats:
-            module_stats = measured.stats.get(module, NOTHING_MEASURED)
-        if module_stats and (absent := outcome.stats - module_stats.keys()):
-            raise InputError(
-                f"the statistics of this module's input lack {', '.join(sorted(absent))}",
-                where=f"`{module}` ({rule.where})",
-                fix="calibrate again",
-            )
-        stats = (
-            {suffix: module_stats[suffix] for suffix in outcome.stats}
-            if module_stats
-            else NOTHING_MEASURED
-        )
+            surveyed = ((stored, measured.edit_of(stored)),)
+        stats = measured.stats_of(module, outcome.stats, rule.where) or NOTHING_MEASURED
         yield Quantize(
             stored,
             module,
@@ -252,8 +245,8 @@ def _items(
             outputs,
             bias if outcome.stats else None,
             stats,
-            measured.edits.get(name),
-            measured.edits.get(f"{module}.bias") if outcome.stats else None,
+            measured.edit_of(stored),
+            measured.edit_of(bias) if outcome.stats and bias else None,
             outcome.row_multiple,
             surveyed,
         )
@@ -293,7 +286,7 @@ def _copies(
             if stored.kind or (name in plain and stored.spec.dtype in FLOATS):
                 dtype = serving_dtype
             same = dtype == stored.spec.dtype
-            copies[name] = Copy(stored, measured.edits.get(name), None if same else dtype)
+            copies[name] = Copy(stored, measured.edit_of(stored), None if same else dtype)
     whole = {
         name: matrices
         for name, matrices in stacks.items()
@@ -337,9 +330,8 @@ def _amax_groups(
     groups: dict[str, list[tuple[StoredTensor, Edit | None]]] = defaultdict(list)
     for module, rule in assigned.items():
         if rule and rule.scheme and rule.scheme.needs_weight_amax:
-            name = f"{module}.weight"
-            entry = checkpoint.tensors[name], measured.edits.get(name)
-            groups[siblings.group(module) or module].append(entry)
+            stored = checkpoint.tensors[f"{module}.weight"]
+            groups[siblings.group(module) or module].append((stored, measured.edit_of(stored)))
     return {name: tuple(entries) for name, entries in groups.items()}
 
 

@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
+from quantcli.checkpoint.spec import TensorSpec
 from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
+from quantcli.core.errors import InputError
 from quantcli.core.text import count
+
+_ANEW = "calibrate again, in another folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,7 @@ class Edit:
 
     rows:    factor of each row (of each element of a vector) [n].
     columns: factor of each column [k].
-    value:   the whole new vector, in the tensor's dtype; norms are small.
+    value:   the whole new vector, in the tensor's dtype or float32; norms are small.
     """
 
     rows: StoredTensor | None = None
@@ -44,6 +48,16 @@ class Edit:
             stored = getattr(self, kind)
             digest.update(kind.encode() + (b"" if stored is None else _content(stored)))
         return digest.digest()
+
+
+def _check_spec(
+    stored: StoredTensor | None, dtypes: tuple[str, ...], shape: tuple[int, ...], where: str
+) -> None:
+    """InputError for a tensor of a calibration with another dtype or shape than what it is for."""
+    if stored is not None and (stored.spec.dtype not in dtypes or stored.spec.shape != shape):
+        expected = f"{' or '.join(dtypes)} [{', '.join(map(str, shape))}]"
+        what = f"the calibration has {stored.spec} here, and {expected} is asked for"
+        raise InputError(what, where=f"{where}, in {stored.file}", fix=_ANEW)
 
 
 @lru_cache(4096)  # all experts of a layer share the vector of their norm
@@ -74,6 +88,34 @@ class EditFactors:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """What a calibration was made of, for manifests.
+
+    text:      sha256 (hex) of the text: of the file's bytes, or of the rows as they were read; None if
+               it is not known.
+    tokenizer: sha256 (hex) of each file of the tokenizer, by name; empty for token ids.
+    tool:      the versions that computed, as text.
+    """
+
+    text: str | None
+    tokenizer: Mapping[str, str]
+    tool: str
+
+    def record(self, name: str, found: Mapping[str, bytes]) -> dict[str, Any]:
+        """The entry of a manifest. name: of the text. found: sha256 of the statistics and edits that
+        the conversion takes, by tensor: whatever else the calibration holds."""
+        digest = hashlib.sha256()
+        for tensor, content in sorted(found.items()):
+            digest.update(f"{tensor}\0".encode() + content)
+        return {
+            "text": {"name": name, "sha256": self.text},
+            "tokenizer": dict(sorted(self.tokenizer.items())),
+            "statistics": digest.hexdigest(),
+            "tool": self.tool,
+        }
+
+
+@dataclass(frozen=True)
 class Measured:
     """A whole calibration.
 
@@ -83,6 +125,7 @@ class Measured:
     no_tokens: modules inside of the decoder stack that no token reached.
     taken_from: those of them that take statistics of others, and of which: a module, or a pattern.
     experts:   of each layer's experts the tokens that the router gave them, see `expert_tokens`.
+    basis:     what it was made of; None if that is not known.
     """
 
     stats: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
@@ -91,6 +134,38 @@ class Measured:
     no_tokens: tuple[str, ...] = ()
     taken_from: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, Any] = field(default_factory=dict)
+    basis: Basis | None = None
+
+    def edit_of(self, stored: StoredTensor) -> Edit | None:
+        """The edit of a stored tensor, if it has one. InputError for one of other dtypes or shapes."""
+        edit, spec = self.edits.get(stored.spec.name), stored.spec
+        if edit is None:
+            return None
+        for kind, dtypes, shape in (
+            ("rows", ("F32",), spec.shape[:1]),
+            ("columns", ("F32",), spec.shape[1:][-1:]),
+            ("value", tuple(sorted({spec.dtype, "F32"})), spec.shape),
+        ):
+            _check_spec(getattr(edit, kind), dtypes, shape, f"`{spec.name}`, {kind} of its edit")
+        return edit
+
+    def stats_of(
+        self, module: str, expected: Mapping[str, TensorSpec], where: str
+    ) -> Mapping[str, StoredTensor]:
+        """The statistics of a module that its scheme asks for; empty if none are known.
+
+        where: its rule. InputError for those that are missing, or of other dtypes or shapes.
+        """
+        there = self.stats.get(module, {}) if expected else {}
+        if not there:
+            return {}
+        if absent := expected.keys() - there.keys():
+            what = f"the statistics of this module's input lack {', '.join(sorted(absent))}"
+            raise InputError(what, where=f"`{module}` ({where})", fix=_ANEW)
+        for name, spec in expected.items():
+            place = f"`{module}`, {name} of its statistics"
+            _check_spec(there[name], (spec.dtype,), spec.shape, place)
+        return {name: there[name] for name in expected}
 
     def starved_experts(self) -> Iterator[str]:
         """A note on experts that the router gave few tokens, if they were not shown all of them."""

@@ -13,6 +13,7 @@ from quantcli.core.errors import InputError
 if TYPE_CHECKING:
     from quantcli.planning.plan import Shard, Work
 
+PART_VERSION = 1  # of the form of descriptions
 MOST = 100_000
 ON_NODES = "nodes"  # in place of a part: each node of a cluster writes one
 
@@ -89,7 +90,7 @@ def part_head(plan: Work, part: Part, manifest: dict[str, Any], *, checksum: boo
     manifest: the whole checkpoint's manifest without its files.
     """
     return {
-        "part_version": 1,
+        "part_version": PART_VERSION,
         "part": part.number,
         "of": part.of,
         "checksum": checksum,

@@ -14,15 +14,17 @@ from quantcli import __version__
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor, encode_header, layout
+from quantcli.checkpoint.manifest import VERSION as MANIFEST_VERSION
+from quantcli.checkpoint.manifest import tool_of
 from quantcli.checkpoint.spec import TensorSpec, torch_dtype
 from quantcli.checkpoint.tensors import content_of, read_tensor, tensor_bytes
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import EMPTY, Cache, Module, Numerics
 from quantcli.core.registry import packages_of
-from quantcli.planning.measured import Edit
+from quantcli.planning.measured import Basis, Edit
 from quantcli.planning.siblings import Siblings
 from quantcli.recipe.methods import MethodOptions, methods_for
-from quantcli.recipe.recipe import Recipe
+from quantcli.recipe.recipe import Recipe, name_of_data
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import PlannedCheckpoint, Target
 from quantcli.targets.kv_cache import AttentionLayer, CachePart
@@ -178,6 +180,19 @@ class Repack:
 Item = Copy | Quantize | Repack
 
 
+def _found_for(item: Item) -> bytes:
+    """The statistics that an item is made with, row by row those as hashes; empty without any."""
+    content = b""
+    if isinstance(item, Quantize) and item.stats:
+        content += item.measured()
+        for name, stored in sorted(item.row_stats.items()):
+            content += f"{name}\0{stored.spec}\0{content_of(stored)}\0".encode()
+    if not isinstance(item, Repack) and item.edit is not None:
+        content += item.edit.digest()
+    is_scale = isinstance(item, CacheScale) and item.ready
+    return content + bytes(tensor_bytes(read_tensor(item.source)) if is_scale else b"")
+
+
 @dataclass(frozen=True)
 class Shard:
     """One weight file: its tensors in the order of their data, and the items that make them."""
@@ -205,12 +220,6 @@ class Shard:
     def by_columns(self) -> set[str]:
         """The names of tensors whose columns hold the rows of a weight."""
         return {out.spec.name for item in self.items for out in item.outputs if out.axis}
-
-
-def tool_of(packages: Mapping[str, str]) -> dict[str, Any]:
-    """What makes a checkpoint, for its manifest. packages: see `Work.packages`."""
-    tool: dict[str, Any] = {"name": "quantcli", "version": __version__}
-    return {**tool, "packages": dict(packages)} if packages else tool
 
 
 def make_shards(files: Iterable[tuple[str, Sequence[Item]]]) -> tuple[Shard, ...]:
@@ -353,10 +362,11 @@ class Work:
     def manifest(self) -> dict[str, Any]:
         """The manifest without its files: no times, no paths of this machine."""
         return {
-            "manifest_version": 1,
+            "manifest_version": MANIFEST_VERSION,
             "tool": tool_of(self.packages),
             "plan": self.digest,
-            "source": {
+            "source": ({"id": i} if (i := self.checkpoint.hub_id) else {})
+            | {
                 "fingerprint": self.checkpoint.fingerprint,
                 "tensors": len(self.checkpoint.on_disk),
                 "bytes": self.checkpoint.nbytes,
@@ -384,6 +394,12 @@ class Work:
         return sum(spec.nbytes for shard in self.shards for spec in shard.tensors)
 
     @cached_property
+    def _found(self) -> dict[str, bytes]:
+        """sha256 of what calibration found for an item, by the name of its tensor."""
+        found = ((i.source.spec.name, _found_for(i)) for i in self.items)
+        return {name: hashlib.sha256(each).digest() for name, each in found if each}
+
+    @cached_property
     def digest(self) -> str:
         """sha256 over all that fixes the output: version, source headers, items, statistics, files."""
         digest = hashlib.sha256(f"{__version__}\n{self.checkpoint.fingerprint}\n".encode())
@@ -404,15 +420,10 @@ class Work:
                 elif isinstance(item, Repack):
                     formats = f"{item.origin.name} {item.origin} {self.target.name} {self.target}"
                     how = f"pack {formats} {item.module.layout.label} {item.numerics}"
-                digest.update(f"{item.source.spec.name}\0{how}{item.source.kind}\n".encode())
-                if isinstance(item, Quantize) and item.stats:
-                    digest.update(item.measured())
-                    for name, stored in sorted(item.row_stats.items()):
-                        digest.update(f"{name}\0{stored.spec}\0{content_of(stored)}\0".encode())
-                if not isinstance(item, Repack) and item.edit is not None:
-                    digest.update(item.edit.digest())
-                if isinstance(item, CacheScale) and item.ready:
-                    digest.update(tensor_bytes(read_tensor(item.source)))
+                name = item.source.spec.name
+                digest.update(
+                    f"{name}\0{how}{item.source.kind}\n".encode() + self._found.get(name, b"")
+                )
         for name, content in sorted(self.sidecars.items()):
             digest.update(f"{name}\0{hashlib.sha256(content).hexdigest()}\n".encode())
         digest.update(json.dumps(sorted(self.copies.items())).encode())
@@ -433,6 +444,7 @@ class Plan(Work):
     edited: Mapping[str, int]  # groups of channels, see `Measured`
     taken_from: Mapping[str, str]  # see `Measured`
     experts: Mapping[str, Any]  # likewise
+    basis: Basis | None  # likewise
 
     @cached_property
     def methods(self) -> tuple[MethodOptions, ...]:
@@ -445,6 +457,13 @@ class Plan(Work):
         """Also those of methods."""
         methods = packages_of(type(method) for method in self.methods)
         return dict(sorted({**super().packages, **methods}.items()))
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest without its files; with a calibration also what that was made of."""
+        head, block = super().manifest(), self.recipe.file.calibration
+        if self.basis is not None and block is not None and self.needs_calibration:
+            head["calibration"] = self.basis.record(name_of_data(block.data or ""), self._found)
+        return head
 
     @property
     def needs_calibration(self) -> bool:

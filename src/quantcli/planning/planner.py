@@ -59,7 +59,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
     need = {name for name, scheme in schemes.items() if id(scheme) in with_data}
     shards = _shards([*items, *scales], recipe.file.max_shard)
     output = as_planned(checkpoint, matched.modules, shards, serving, cache.cache if cache else None)
-    text = recipe.effective()
+    basis = measured.basis if measured else None
+    text = recipe.effective(basis.text if basis else None)
     own = {RECIPE_FILE: text.encode()}
     sidecars = {**checkpoint.plain_config(), **target.sidecars(output), **own}
     calibrates = bool(need or recipe.methods)
@@ -112,6 +113,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
         edited=measured.edited if measured else {},
         taken_from=measured.taken_from if measured else {},
         experts=measured.experts if measured else {},
+        basis=basis,
         cache=cache,
     )
     if recipe.file.card is False:

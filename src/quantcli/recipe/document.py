@@ -1,30 +1,19 @@
-"""YAML with line numbers, read as untrusted input: aliases, duplicate keys and tags are refused."""
+"""A recipe or a release file as data with the place of each value, and changes of it by `--set`."""
 
 from __future__ import annotations
 
-import codecs
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from yaml.reader import ReaderError
+from quantcli.core.errors import InputError, MachineError, one_of, other_version
+from quantcli.core.untrusted.yaml_text import MAX_BYTES, MAX_DEPTH, Place, read_yaml
 
-from quantcli.core.errors import InputError, MachineError, one_of
-
-MAX_BYTES = 2**18
-_MAX_DEPTH = 20
-_KINDS = ("str", "int", "float", "bool", "null", "seq", "map", "timestamp")
-_PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in _KINDS)
-_TIMESTAMP = "tag:yaml.org,2002:timestamp"
-_TEXT = "it is a short text file in YAML"
-_QUOTE = 'put quotes around text that begins with a star, such as "*_proj"'
+VERSION = 1  # of the form of recipes and release files
 
 MAPPING = "the recipe"  # the name of one that is not a file
-
-Place = tuple[str | int, ...]
 
 
 class Assignment(str):
@@ -66,7 +55,7 @@ class Document:
             what = f"`{assignment}` is not of the form KEY=VALUE"
             raise InputError(what, where=flag, fix="write for example --set target=ascend")
         # Globs and limits have a meaning in YAML, and the shell has removed their quotes.
-        value = text if text.startswith(("*", ">")) else _load(text, flag, {})
+        value = text if text.startswith(("*", ">")) else read_yaml(text, flag).data
         parent: Any = self.data
         place: list[str | int] = []
         *path, last = key.split(".")
@@ -85,6 +74,15 @@ class Document:
         self.places = {k: v for k, v in self.places.items() if k[: len(below)] != below}
         self.places[below] = flag
         self.overridden.add(below)
+
+    def check_version(self, noun: str) -> None:
+        """InputError for a `version` that is not read here: before unknown keys are, which it may have.
+
+        noun: what the file is.
+        """
+        version = self.data.get("version")
+        if version is not None and (type(version) is not int or version != VERSION):
+            raise other_version(noun, version, VERSION, self.where(("version",)))
 
     def is_overridden(self, *place: str | int) -> bool:
         """Whether a value is not the file's own, but an override's."""
@@ -124,21 +122,11 @@ def load_document(path: Path, noun: str = "recipe", keys: str = "`target` and `r
     except OSError as error:
         what = f"cannot read the {noun}: {error.strerror}"
         raise MachineError(what, where=str(path), fix="check the file and its permissions") from None
-    if len(raw) > MAX_BYTES:
-        raise InputError(f"the {noun} is over {MAX_BYTES:,} bytes", where=str(path), fix=_TEXT)
-    # editors on Windows write UTF-8 with a byte order mark, or UTF-16, which always has one
-    wide = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        text = raw.decode("utf-16" if wide else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        what = f"the {noun} is not {'UTF-16' if wide else 'UTF-8'} (byte {error.start})"
-        raise InputError(what, where=str(path), fix=_TEXT) from None
-    places: dict[Place, str] = {}
-    data = _load(text, str(path), places)
+    data, lines = read_yaml(raw, str(path), noun)
     if not isinstance(data, dict):
         what = f"the {noun} is {'empty' if data is None else 'not a mapping'}"
         raise InputError(what, where=f"{path}:1", fix=f"it needs the keys {keys}")
-    return Document(path, data, places)
+    return Document(path, data, {place: f"{path}:{line}" for place, line in lines.items()})
 
 
 def document_of(table: Mapping[str, Any], name: str = MAPPING) -> Document:
@@ -155,7 +143,7 @@ def _copied(value: Any, place: Place, places: dict[Place, str], name: str) -> An
     """Mappings as dicts and sequences as lists, as YAML would give them."""
     where = f"{name}, `{'.'.join(map(str, place))}`" if place else name
     places[place] = where
-    if len(place) > _MAX_DEPTH:
+    if len(place) > MAX_DEPTH:
         raise InputError(f"{name} is nested too deeply", where=where)
     if isinstance(value, Mapping):
         for key in value:
@@ -175,77 +163,3 @@ def _printable(value: Any, where: str) -> Any:
     if isinstance(value, str) and not value.isprintable():
         raise InputError(f"text {value[:80]!r} has unprintable characters", where=where)
     return value
-
-
-def load_front_matter(text: str, source: str) -> dict[str, Any]:
-    """A mapping that stands at the begin of another document, `source`. Its texts may have any
-    characters. Raises InputError."""
-    data = _load(text, source, {}, anything=True)
-    if data is not None and not isinstance(data, dict):
-        raise InputError("it is not a mapping", where=source)
-    return data or {}
-
-
-def _load(text: str, source: str, places: dict[Place, str], *, anything: bool = False) -> Any:
-    """Plain data. anything: text may have characters that are not printable."""
-    try:
-        _refuse_bombs(text, source)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        return None if node is None else _plain(node, source, (), places, anything)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        fix = _QUOTE if "alias" in (error.context or "") else None
-        what = f"the text is not valid YAML: {error.problem}"
-        raise InputError(what, where=f"{source}{line}", fix=fix) from None
-    except ReaderError as error:
-        line = f":{1 + text.count(chr(10), 0, error.position)}"
-        what = f"the text is not valid YAML: character {chr(error.character)!r} is not allowed"
-        raise InputError(what, where=f"{source}{line}") from None
-
-
-def _refuse_bombs(text: str, source: str) -> None:
-    """Refuse aliases and deep nesting, event by event, so that the text after them is never scanned."""
-    depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        where = f"{source}:{event.start_mark.line + 1}" if event.start_mark else source
-        if isinstance(event, yaml.AliasEvent):
-            fix = f"write the value out, or {_QUOTE}"
-            raise InputError(f"YAML alias `*{event.anchor}` is not allowed", where=where, fix=fix)
-        if isinstance(event, yaml.CollectionStartEvent | yaml.CollectionEndEvent):
-            depth += 1 if isinstance(event, yaml.CollectionStartEvent) else -1
-        if depth > _MAX_DEPTH:
-            raise InputError("YAML is nested too deeply", where=where)
-
-
-def _plain(node: yaml.Node, source: str, place: Place, places: dict[Place, str], anything: bool) -> Any:
-    where = f"{source}:{node.start_mark.line + 1}"
-    places.setdefault(place, where)
-    if node.tag not in _PLAIN_TAGS:
-        raise InputError(f"YAML tag `{node.tag}` is not allowed", where=where, fix="remove it")
-    if isinstance(node, yaml.SequenceNode):
-        items = enumerate(node.value)
-        return [_plain(item, source, (*place, i), places, anything) for i, item in items]
-    if isinstance(node, yaml.MappingNode):
-        table: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            line = f"{source}:{key_node.start_mark.line + 1}"
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise InputError("a key must be plain text", where=line)
-            key = str(key_node.value)
-            if not key.isprintable():
-                raise InputError(f"key {key[:80]!r} has unprintable characters", where=line)
-            if key in table:
-                first = places[(*place, key)]
-                raise InputError(f"key `{key}` appears twice", where=line, fix=f"see {first}")
-            places[(*place, key)] = line
-            table[key] = _plain(value_node, source, (*place, key), places, anything)
-        return table
-    if node.tag == _TIMESTAMP:  # recipes have no times: this is text that looks like one
-        return str(node.value)
-    try:
-        value = yaml.SafeLoader("").construct_object(node)
-        str(value)  # a number in hexadecimal may be too long for all who show or write it
-    except (ValueError, LookupError, ArithmeticError, yaml.YAMLError):
-        raise InputError(f"cannot read the value `{node.value[:80]}`", where=where) from None
-    return value if anything else _printable(value, where)

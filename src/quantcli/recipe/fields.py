@@ -110,6 +110,9 @@ Size = Annotated[
 ]
 
 
+FileVersion = Annotated[Literal[1] | None, Field(description="of the form of this file [default: 1]")]
+
+
 class Expect(Block):
     """Limits of the plan; a run that would miss one is refused before it begins."""
 
@@ -128,6 +131,9 @@ class Calibration(Block):
     """The text that runs through the model, for schemes that measure inputs and for methods."""
 
     data: str | None = Field(None, description="text file, jsonl, or datasets:ID")
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = Field(
+        None, description="of the text; another one is refused"
+    )
     samples: Annotated[int, Field(gt=0, le=2**20)] = Field(128, description="number of samples")
     length: Annotated[int, Field(gt=1, le=2**20)] = Field(512, description="tokens of each sample")
     seed: int = Field(0, description="seed of the choice of samples")
@@ -185,6 +191,7 @@ class RuleFile(Block):
 class RecipeFile(Block):
     """A recipe file."""
 
+    version: FileVersion = None
     target: str | dict[str, Any] = Field(description="the format to write")
     rules: list[RuleFile] = Field(min_length=1, description="first match wins")
     model: str | None = Field(None, description="directory, Hub id or address; --model wins")

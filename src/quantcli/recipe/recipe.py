@@ -10,17 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from quantcli.checkpoint.roles import Role
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.numerics import Cache
 from quantcli.core.registry import discover
-from quantcli.recipe.document import Document, Place
+from quantcli.core.untrusted.yaml_text import Place, write_yaml
+from quantcli.recipe.document import Document
 from quantcli.recipe.fields import RecipeFile, matches
 from quantcli.recipe.methods import MethodOptions, recipe_methods
-from quantcli.recipe.shipped import is_sample_text
+from quantcli.recipe.shipped import is_sample_digest, is_sample_text, sample_text
 from quantcli.recipe.written import (
     KV_CACHE,
     SMOOTH,
@@ -175,7 +175,11 @@ class Recipe:
         given = self.document.is_overridden("calibration", "data")
         if block.data.startswith("datasets:") or given:
             return block.data
-        return os.path.normpath(self.document.path.parent / Path(block.data).expanduser())
+        path = os.path.normpath(self.document.path.parent / Path(block.data).expanduser())
+        there = os.path.isfile(path)  # noqa: PTH113 - false for a name that is too long
+        if block.sha256 is not None and not there and is_sample_digest(block.sha256):
+            return str(sample_text())
+        return path
 
     def calibrates_on_sample(self) -> bool:
         """Whether the recipe itself, and not --set, names the text that comes with quantcli."""
@@ -185,13 +189,19 @@ class Recipe:
         given = self.document.is_overridden("calibration", "data")
         return not given and is_sample_text(self.data_path())
 
-    def effective(self) -> str:
-        """The applied recipe as YAML, without paths of this machine."""
-        table = self.file.model_dump(mode="json", exclude_none=True, exclude={"model", "output"})
+    def effective(self, text: str | None = None) -> str:
+        """The applied recipe as YAML, without paths of this machine.
+
+        text: sha256 of the text that it was calibrated on, if that is known.
+        """
+        file, block = self.file, self.file.calibration
+        if block is not None and text is not None:
+            pinned = block.model_copy(update={"sha256": text})
+            file = file.model_copy(update={"calibration": pinned})
+        table = file.model_dump(mode="json", exclude_none=True, exclude={"model", "output"})
         table["expect"] = {k: v for k, v in table["expect"].items() if v is not None}
-        data = table.get("calibration", {}).get("data", "")
-        if data and not data.startswith("datasets:"):
-            table["calibration"]["data"] = Path(data).name
+        if data := table.get("calibration", {}).get("data"):
+            table["calibration"]["data"] = name_of_data(data)
         if not table["expect"]:
             del table["expect"]
         for rule, entry in zip(self.rules, table["rules"], strict=True):
@@ -204,7 +214,12 @@ class Recipe:
                 table[str(named.place[0])] = method
             else:
                 table["methods"][named.place[1]] = {"name": named.method.name, **method}
-        return yaml.safe_dump(table, sort_keys=False, allow_unicode=True, width=100)
+        return write_yaml(table)
+
+
+def name_of_data(data: str) -> str:
+    """The name of a text, without its folder: that of a file, or datasets:ID."""
+    return data if data.startswith("datasets:") else Path(data).name
 
 
 def compare(limit: str, value: float) -> bool:

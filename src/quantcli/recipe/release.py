@@ -17,8 +17,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError
 
 from quantcli.core.errors import InputError, one_of
+from quantcli.core.untrusted.yaml_text import write_value
 from quantcli.recipe.document import Assignment, Document, document_of, load_document
-from quantcli.recipe.fields import Block, Calibration, Verify
+from quantcli.recipe.fields import Block, Calibration, FileVersion, Verify
 from quantcli.recipe.shipped import shipped_recipes
 from quantcli.recipe.written import explain
 
@@ -85,6 +86,7 @@ class ReleaseVerify(Verify):
 class ReleaseFile(Block):
     """A release file."""
 
+    version: FileVersion = None
     checkpoints: list[
         Annotated[
             CheckpointEntry,
@@ -171,6 +173,7 @@ def read_release(release: GivenRelease) -> WrittenRelease:
         document = document_of(release, RELEASE)
     else:
         document = load_document(_file(release), "release file", "`checkpoints`")
+    document.check_version("release file")
     try:
         file = ReleaseFile.model_validate(document.data)
     except ValidationError as error:
@@ -253,7 +256,7 @@ def _assignments(
         elif key == "calibration" and isinstance(value, dict) and isinstance(value.get("data"), str):
             value = {**value, "data": _from_here(document, value["data"])}
         try:
-            text = json.dumps(value, allow_nan=False)
+            text = write_value(value)
         except ValueError:
             raise InputError(f"`{key}` is not a finite number", where=where) from None
         changes.append(Assignment.at(f"{key}={text}", where))
@@ -267,7 +270,7 @@ def _calibration(document: Document, block: Calibration | None) -> tuple[Assignm
         given["data"] = _from_here(document, given["data"])
     return tuple(
         Assignment.at(
-            f"calibration.{key}={json.dumps(given[key])}", document.where(("calibration", key))
+            f"calibration.{key}={write_value(given[key])}", document.where(("calibration", key))
         )
         for key in sorted(given)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import stat
@@ -47,10 +48,19 @@ def shipped_recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
+def sample_text() -> Path:
+    """The calibration text that the shipped recipes name."""
+    return next(iter(shipped_recipes().values())).parents[1] / "examples" / "calibration.txt"
+
+
 def is_sample_text(path: str) -> bool:
     """Whether a file is the calibration text that the shipped recipes name."""
-    sample = next(iter(shipped_recipes().values())).parents[1] / "examples" / "calibration.txt"
-    return Path(path) == sample
+    return Path(path) == sample_text()
+
+
+def is_sample_digest(sha256: str) -> bool:
+    """Whether this is the sha256 (hex) of that text."""
+    return hashlib.sha256(sample_text().read_bytes()).hexdigest() == sha256
 
 
 def recipe_text(name: str) -> str:

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.expressions import too_costly
-from quantcli.recipe.document import MAPPING, Document, Place, document_of, load_document
+from quantcli.core.untrusted.yaml_text import Place
+from quantcli.recipe.document import MAPPING, Document, document_of, load_document
 from quantcli.recipe.fields import RecipeFile, translate
 from quantcli.recipe.shipped import find_recipe
 
@@ -52,6 +53,7 @@ def read_recipe(
         document = load_document(find_recipe(recipe, command))
     for assignment in overrides:
         document.override(assignment)
+    document.check_version("recipe")
     try:
         file = RecipeFile.model_validate(document.data)
     except ValidationError as error:

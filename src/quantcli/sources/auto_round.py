@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import cache
 from typing import ClassVar
 
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.core.expressions import too_costly
 from quantcli.sources import awq, float8, gptq
@@ -48,7 +48,7 @@ class AutoRound(SourceFormat):
         elif numbers in {"fp", "fp8"}:
             block = float8.block_of(source, "group_size") if _is_pair(source) else None
             sides = None if block is None else list(block)
-            yield from float8.read(replace(source, settings=Table({"weight_block_size": sides})))
+            yield from float8.read(replace(source, settings=Settings({"weight_block_size": sides})))
         elif numbers != "int":
             raise source.refused(f"`data_type` is {numbers!r:.40}, which is not decoded", float8.FLOAT)
         elif "awq" in form:
@@ -103,7 +103,7 @@ def _must_match(source: Source, key: str) -> None:
         raise source.refused(f"`extra_config` has {reprlib.repr(key)}, which is too costly to match")
 
 
-def _exception(extra: Mapping[str, Table], name: str) -> Table:
+def _exception(extra: Mapping[str, Settings], name: str) -> Settings:
     """The entry of `extra_config` for a module: by its name, by the end of it, by an expression."""
     if name in extra:
         return extra[name]
@@ -111,7 +111,7 @@ def _exception(extra: Mapping[str, Table], name: str) -> Table:
         special = bool(_SPECIAL & set(key))
         if re.search(key, name) if special else name.endswith(f".{key}"):
             return table
-    return Table({})
+    return Settings({})
 
 
 def _blocks(source: Source, numbers: str) -> Iterator[Encoded]:

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
@@ -34,7 +34,7 @@ class Source:
     """
 
     checkpoint: Checkpoint
-    settings: Table
+    settings: Settings
     where: str = CONFIG
     notes: list[str] = field(default_factory=list)
 
@@ -100,7 +100,7 @@ class SourceFormat(ABC):
     own_file: ClassVar[str] = ""
     suffixes: ClassVar[frozenset[str]] = frozenset()
 
-    def settings_of(self, table: Table) -> Table:
+    def settings_of(self, table: Settings) -> Settings:
         """The settings in the object of `own_file`; untrusted. InputError if there are none."""
         return table
 

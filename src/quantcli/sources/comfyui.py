@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.config.reading import parse_table
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import is_quantized
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor, read_header
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.number_types import ELEMENTS
+from quantcli.core.untrusted.tables import parse_table
 from quantcli.sources.base import AGAIN, Source, SourceFormat, Tensors, matrix, needed, wrong
 from quantcli.sources.blocks import Blocks, as_swizzled, one_number, tiles_of, with_shape
 
@@ -86,7 +86,7 @@ class ComfyUi(SourceFormat):
             yield _module(source, module, tensors, settings)
 
 
-def _module(source: Source, module: str, tensors: Tensors, settings: Table) -> Encoded:
+def _module(source: Source, module: str, tensors: Tensors, settings: Settings) -> Encoded:
     """The weight of a module. settings: untrusted."""
     weight = tensors["weight"]
     name = settings.text("format")
@@ -124,23 +124,24 @@ def _module(source: Source, module: str, tensors: Tensors, settings: Table) -> E
     return blocks.encoded(module, kind, unused)
 
 
-def _json(mark: StoredTensor) -> Table:
+def _json(mark: StoredTensor) -> Settings:
     """The object of the JSON in a tensor; InputError for anything else in it."""
     if mark.spec.dtype != "U8" or not 0 < mark.spec.nbytes <= _LONGEST:
         raise wrong(mark, f"is {mark.spec}; it is a short JSON in U8")
     data = bytes(read_tensor(mark).flatten().tolist())
-    return parse_table(data, f"`{mark.spec.name}` in {mark.file.name}", AGAIN)
+    where = f"`{mark.spec.name}` in {mark.file.name}"
+    return Settings(parse_table(data, where, AGAIN).value, where)
 
 
-def _metadata(checkpoint: Checkpoint) -> Mapping[str, Table]:
+def _metadata(checkpoint: Checkpoint) -> Mapping[str, Settings]:
     """The settings of modules in the metadata of headers, by name; untrusted."""
-    found: dict[str, Table] = {}
+    found: dict[str, Settings] = {}
     for file in sorted({stored.file for stored in checkpoint.tensors.values()}):
         text = read_header(file)[1].get(_METADATA)
         if text is None:
             continue
         where = f"`{_METADATA}` in the header of {file.name}"
-        table = parse_table(text.encode(), where, AGAIN)
+        table = Settings(parse_table(text.encode(), where, AGAIN).value, where)
         if "layers" not in table:
             raise InputError("has no object `layers`", where=where, fix=AGAIN)
         found |= table.tables("layers")

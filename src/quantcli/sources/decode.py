@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, read_table
 from quantcli.checkpoint.config.places import quantization_blocks
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import Quantization, is_quantized, of_cache
 from quantcli.checkpoint.encoded import Encoded, decoded_kinds
 from quantcli.checkpoint.files import STALE
@@ -135,7 +135,7 @@ def _by_suffix(checkpoint: Checkpoint) -> Quantization | None:
     return None
 
 
-def _named(settings: Table) -> SourceFormat | None:
+def _named(settings: Settings) -> SourceFormat | None:
     """The source format that settings name."""
     word = (settings.text("quant_method") or "").lower()
     return next((each for each in _formats() if word in each.methods), None)
@@ -153,7 +153,7 @@ def _with_columns(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor
     return columns
 
 
-def _settings(checkpoint: Checkpoint) -> tuple[Table, str]:
+def _settings(checkpoint: Checkpoint) -> tuple[Settings, str]:
     """The checkpoint's quantization config, and its file; empty if there is none."""
     for block in quantization_blocks(checkpoint.config, checkpoint.text_config):
         return block, CONFIG
@@ -164,7 +164,7 @@ def _settings(checkpoint: Checkpoint) -> tuple[Table, str]:
             if "quant_method" not in table:
                 table = table.with_values(quant_method=each.name)
             return table, each.own_file
-    return Table({}), CONFIG
+    return Settings({}), CONFIG
 
 
 def _refuse_code(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar
 
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.sources.base import Source, SourceFormat, Tensors, matrix, needed, wrong
@@ -35,7 +35,7 @@ class ModelOpt(SourceFormat):
     )
     own_file: ClassVar[str] = "hf_quant_config.json"
 
-    def settings_of(self, table: Table) -> Table:
+    def settings_of(self, table: Settings) -> Settings:
         """They are under `quantization`."""
         inner = table.table("quantization")
         if inner is None:

@@ -19,7 +19,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from quantcli.checkpoint.columns import Columns, strip_bytes
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.sources import awq
 from quantcli.sources.base import Source, SourceFormat, Tensors, encoded, needed, wrong
@@ -54,14 +54,14 @@ class _Settings:
 
     source: Source
 
-    def of(self, module: str) -> list[Table]:
+    def of(self, module: str) -> list[Settings]:
         """The settings of a module's weight: one entry, or one for each scale on top of the other."""
         entries = self._entry(module).listed("weight")
         if not entries:
             raise self.source.refused(f"says nothing of the weight of `{module}`, which has codes")
         return entries
 
-    def _entry(self, module: str) -> Table:
+    def _entry(self, module: str) -> Settings:
         """By name, by class, or that of all modules. Source: vllm, quark.py:640-720."""
         settings = self.source.settings
         for pattern, entry in settings.tables("layer_quant_config").items():
@@ -69,12 +69,12 @@ class _Settings:
                 return entry
         by_class = settings.table("layer_type_quant_config")
         linear = by_class.table("Linear") if by_class is not None else None
-        return linear or settings.table("global_quant_config") or Table({})
+        return linear or settings.table("global_quant_config") or Settings({})
 
     @property
     def reordered(self) -> bool:
         """Whether nibbles of int4 are in AWQ's order."""
-        export = self.source.settings.table("export") or Table({})
+        export = self.source.settings.table("export") or Settings({})
         method = export.text("pack_method") or "reorder"
         if method not in {"reorder", "order"}:
             what = (
@@ -84,7 +84,7 @@ class _Settings:
         return method == "reorder"
 
 
-def _word(source: Source, entry: Table, key: str) -> str:
+def _word(source: Source, entry: Settings, key: str) -> str:
     return replace(source, settings=entry).word(key, "")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.head import generates
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import Role
@@ -131,7 +131,7 @@ def attention_layers(
     return {name: _layer(name, found[name], shapes, config) for name in owners}
 
 
-def _shares(name: str, config: Table) -> bool:
+def _shares(name: str, config: Settings) -> bool:
     """Whether a layer reads the cache of an earlier one: the last `num_kv_shared_layers`."""
     shared, layers = config.size("num_kv_shared_layers"), config.size("num_hidden_layers")
     number = _LAYER.search(f"{name}.")
@@ -141,7 +141,7 @@ def _shares(name: str, config: Table) -> bool:
 
 
 def _layer(
-    name: str, keys: str, shapes: Mapping[str, tuple[int, ...]], config: Table
+    name: str, keys: str, shapes: Mapping[str, tuple[int, ...]], config: Settings
 ) -> AttentionLayer:
     """The sizes of a layer; keys: the module that gives them."""
     if keys.rpartition(".")[2] in _LATENT:
@@ -162,7 +162,7 @@ def _layer(
     return AttentionLayer(name, heads, (width, shape[0] if len(shape) == 2 else width))
 
 
-def _of_latents(name: str, shape: tuple[int, ...], config: Table) -> AttentionLayer:
+def _of_latents(name: str, shape: tuple[int, ...], config: Settings) -> AttentionLayer:
     """The sizes of a layer that caches latents; shape: of the weight that reads them."""
     rank, heads = _whole(config, "kv_lora_rank"), _whole(config, "num_attention_heads")
     keys, values = _whole(config, "qk_nope_head_dim"), _whole(config, "v_head_dim")
@@ -181,13 +181,13 @@ _OTHER_HEADS = ("swa_num_key_value_heads", "num_global_key_value_heads")
 _OTHER_SIZES = ("swa_head_dim", "global_head_dim")
 
 
-def _head_size(config: Table) -> int:
+def _head_size(config: Settings) -> int:
     """Numbers of a query of a head; 0 if config.json does not say."""
     queries, hidden = _whole(config, *_QUERIES), _whole(config, "hidden_size", "n_embd", "d_model")
     return _whole(config, "head_dim") or (hidden // queries if queries else 0)
 
 
-def _heads_of(width: int, config: Table) -> int:
+def _heads_of(width: int, config: Settings) -> int:
     """The heads of keys of `width` numbers in all; 0 if config.json does not say.
 
     Layers of a model may differ in heads and in their size: those of which the product is the width.
@@ -208,7 +208,7 @@ _VALUES = {"k_proj": "v_proj", "key": "value", "key_proj": "value_proj", "wk": "
            "k": "v"}  # fmt: skip
 
 
-def _whole(config: Table, *keys: str) -> int:
+def _whole(config: Settings, *keys: str) -> int:
     """The first of some keys that is a number of things; 0 if none is."""
     numbers = (config.size(key) for key in keys)
     return next((n for n in numbers if n and n < 2**20), 0)

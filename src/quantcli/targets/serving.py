@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import Draft
 from quantcli.core.numerics import Cache
 
@@ -40,7 +40,7 @@ class Served:
     """
 
     labels: frozenset[str]
-    config: Table
+    config: Settings
     cache: Cache | None = None
     draft: Draft | None = None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.config.places import QUANTIZATION_KEYS, TEXT, quantization_blocks
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.files import INDEX
 from quantcli.checkpoint.spec import FLOAT_NAMES
 from quantcli.targets.base import PlannedCheckpoint
@@ -46,13 +46,13 @@ def config(output: PlannedCheckpoint, additions: dict[str, Any]) -> dict[str, by
     return {} if table == output.config.plain() else {CONFIG: to_json(table)}
 
 
-def quantization_block(config: Table) -> Table:
+def quantization_block(config: Settings) -> Settings:
     """The object in config.json that engines read, at either level; empty if there is none.
 
     InputError for a value that is not an object.
     """
     blocks = quantization_blocks(config, config.object_of(TEXT))
-    return next(blocks, Table({}, config.file, config.path))
+    return next(blocks, Settings({}, config.file, config.path))
 
 
 def named_dtype(value: object) -> str | None:
@@ -60,7 +60,7 @@ def named_dtype(value: object) -> str | None:
     return FLOAT_NAMES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
 
 
-def declared_dtype(config: Table) -> str | None:
+def declared_dtype(config: Settings) -> str | None:
     """The dtype of the language model in config.json, such as "BF16", by the keys that engines read.
 
     InputError for a value that is not a text.
@@ -77,7 +77,7 @@ def _set_dtype(table: dict[str, Any], serving_dtype: str) -> None:
 
     At both levels and by both keys: versions of the engines differ in the one that they read.
     """
-    declared = declared_dtype(Table(table))
+    declared = declared_dtype(Settings(table))
     dtype_name = next(name for name, dtype in FLOAT_NAMES.items() if dtype == serving_dtype)
     replaced = declared == serving_dtype
     for level in (table, table.get("text_config")):

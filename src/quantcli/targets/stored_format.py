@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import of_cache
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import roles_of
@@ -315,7 +315,7 @@ def _check_bias(bias: StoredTensor | None, n: int) -> Iterator[Finding]:
         yield failed("parameters", what, f"`{bias.spec.name}`", AGAIN)
 
 
-def _check_serving_dtype(config: Table) -> Iterator[Finding]:
+def _check_serving_dtype(config: Settings) -> Iterator[Finding]:
     """A finding for a dtype in config.json in which no engine serves quantized models."""
     dtype = declared_dtype(config)
     if config and dtype not in {"BF16", "F16"}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.core.findings import Finding, failed
 from quantcli.targets.base import SplitLimits
 from quantcli.targets.layouts import Sides, StoredModule
@@ -32,7 +32,7 @@ def _cannot_split(size: int, what: str, module: str | None) -> Finding:
 
 
 def check_tp(
-    config: Table, modules: Iterable[StoredModule], size: int, limits: SplitLimits
+    config: Settings, modules: Iterable[StoredModule], size: int, limits: SplitLimits
 ) -> Iterator[Finding]:
     """Findings for `size` devices; config is the language model's part of config.json."""
     heads, kv_heads = config.size("num_attention_heads"), config.size("num_key_value_heads")
@@ -53,7 +53,7 @@ def check_tp(
             yield _cannot_split(size, what, module.name)
 
 
-def devices_of(module: str, config: Table, size: int) -> int:
+def devices_of(module: str, config: Settings, size: int) -> int:
     """The number of devices that share a module: fewer than `size` if there are fewer heads."""
     last, kv_heads = last_part(module), config.size("num_key_value_heads")
     if last in _REPLICATED:

@@ -5,7 +5,7 @@ Source: vllm 0.32.0, model_executor/models/registry.py, the keys of `_VLLM_MODEL
 
 from __future__ import annotations
 
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 
 CLASSES = frozenset(
     {
@@ -143,7 +143,7 @@ CLASSES = frozenset(
 )  # fmt: skip
 
 
-def without_class(config: Table) -> str | None:
+def without_class(config: Settings) -> str | None:
     """A note on a model for which vLLM has no class; None if it has one, or no class is named."""
     names = config.texts("architectures")
     if not names or CLASSES.intersection(names):

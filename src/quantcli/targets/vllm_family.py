@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import Draft, draft_of
 from quantcli.checkpoint.head import head_weight
 from quantcli.checkpoint.header import StoredTensor
@@ -228,7 +228,7 @@ def misread_experts(modules: Iterable[Module], model_type: str) -> Iterator[Refu
             return
 
 
-def stacked_experts(tensors: Mapping[str, TensorSpec], config: Table) -> Iterator[Refusal]:
+def stacked_experts(tensors: Mapping[str, TensorSpec], config: Settings) -> Iterator[Refusal]:
     """A refusal of experts that are stored as one tensor, which no target writes quantized.
 
     They would stay float, while the engine builds the experts of their layer as quantized.
@@ -252,7 +252,7 @@ def stacked_experts(tensors: Mapping[str, TensorSpec], config: Table) -> Iterato
         return
 
 
-def _as_many_as_experts(name: str, spec: TensorSpec, config: Table) -> bool:
+def _as_many_as_experts(name: str, spec: TensorSpec, config: Settings) -> bool:
     """Whether a tensor of an unknown name has the shape of a stack: [experts, hidden size, any], or the
     last two exchanged. A convolution has not."""
     if len(spec.shape) != 3 or "conv" in name.lower():
@@ -325,7 +325,7 @@ def expert_count(checkpoint: Checkpoint) -> tuple[str, int]:
     return count_in(checkpoint.text_config)
 
 
-def count_in(config: Table) -> tuple[str, int]:
+def count_in(config: Settings) -> tuple[str, int]:
     """The same, in the config of a language model."""
     levels = filter(None, (config, config.table("ffn_config")))  # the second is of DBRX
     found = ((key, n) for level in levels for key in COUNTS if (n := level.size(key)) is not None)
@@ -403,10 +403,10 @@ class VllmTarget(Target):
         )
 
     def check_tensors(
-        self, tensors: Mapping[str, TensorSpec], config: Table | None = None
+        self, tensors: Mapping[str, TensorSpec], config: Settings | None = None
     ) -> Iterator[Refusal]:
         """Stacked experts."""
-        return stacked_experts(tensors, config or Table({}))
+        return stacked_experts(tensors, config or Settings({}))
 
     def check_family(self, modules: Sequence[Module], model_type: str) -> Iterator[Refusal]:
         """Experts of families whose loaders misread single ones."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.config.places import QUANTIZATION_KEYS, TEXT
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.head import head_weight
 from quantcli.checkpoint.spec import FLOAT_NAMES, FLOATS
 from quantcli.core.findings import Finding, failed, noted
@@ -183,7 +183,7 @@ def _with_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in table.items() if k not in _OLD_ROPE} | {_ROPE: rope}
 
 
-def _added_quantization(ours: Table, reference: dict[str, Any]) -> Iterator[Finding]:
+def _added_quantization(ours: Settings, reference: dict[str, Any]) -> Iterator[Finding]:
     """Findings for quantization that is neither the one that engines read nor the other model's."""
     block, others = quantization_block(ours).place, dict(_levels(reference))
     for place, level in _levels(ours.plain()):
@@ -212,7 +212,7 @@ def _levels(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, M
             yield from _levels(value, f"{place}{key}.")
 
 
-def _text_levels(config: Table) -> Iterator[Table]:
+def _text_levels(config: Settings) -> Iterator[Settings]:
     """The two levels at which engines look for the language model."""
     yield config
     if (nested := config.table(TEXT)) is not None:

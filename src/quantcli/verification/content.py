@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.manifest import tool_text
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.targets.base import StoredCheckpoint
@@ -15,7 +15,7 @@ from quantcli.verification.outcome import Maker, SizeReport
 FLOAT = "FLOAT"  # the label of what is not quantized
 
 
-def maker_of(manifest: Mapping[str, Any] | None, config: Table) -> Maker | None:
+def maker_of(manifest: Mapping[str, Any] | None, config: Settings) -> Maker | None:
     """The tool that made a checkpoint, and its recipe; None if neither manifest nor config.json says.
 
     All of it is as the checkpoint says: whoever can change the checkpoint can change it.
@@ -26,7 +26,7 @@ def maker_of(manifest: Mapping[str, Any] | None, config: Table) -> Maker | None:
     block = config.table("quantization_config")
     if block is None:
         return None
-    producer = block.object_of("producer") or Table({})
+    producer = block.object_of("producer") or Settings({})
     name = producer.text("name") or block.text("quant_method")
     version = (producer if "version" in producer else block).value("version")
     if name is None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantcli.checkpoint.files import SIGNATURE
 from quantcli.checkpoint.hub import find_model
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.core.cluster.cluster import Cluster
 from quantcli.core.cluster.executor import TASK_WORKERS
+from quantcli.core.errors import InputError, named
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.findings import noted, of_error
 from quantcli.core.threads import default_workers
 from quantcli.targets.base import StoredCheckpoint
 from quantcli.verification.compare import LOOSEST
@@ -16,6 +23,9 @@ from quantcli.verification.options import VerifyOptions
 from quantcli.verification.outcome import Report
 from quantcli.verification.spread.pool import Pool, weight_files
 from quantcli.verification.structure import verify_structure
+
+if TYPE_CHECKING:
+    from quantcli.verification.signature.identity import Signed
 
 
 def verify(
@@ -30,8 +40,24 @@ def verify(
     against = None if options.against is None else find_model(options.against)
     workers = options.workers or default_workers()
     task_workers = workers if cluster is None else options.workers or TASK_WORKERS
-    structure = verify_structure(find_model(str(options.checkpoint)), options.tp_sizes)
+    pool = Pool(task_workers, cluster)
+    folder = find_model(str(options.checkpoint))
+    signed = None if options.identity is None else _signed(options, folder, pool, progress)
+    try:
+        structure = verify_structure(folder, options.tp_sizes)
+    except InputError as error:
+        if signed is None or signed.ok:
+            raise
+        report = Report(named(str(folder)), depths=["structure"])
+        report.add([of_error("headers", error)])
+        _add_signed(report, signed)
+        return report
     report = structure.report
+    if signed is not None:
+        _add_signed(report, signed)
+    elif os.path.lexists(folder / SIGNATURE):
+        what = "it is signed, and the signature was not checked: --identity FILE checks it"
+        report.add([noted("signature", what, SIGNATURE)])
     own, notes = own_limits(structure.checkpoint.path) if structure.checkpoint else ({}, [])
     report.add(notes)
     structure.limits = Limits(given, own)
@@ -70,6 +96,22 @@ def verify(
     if options.run and not unreadable and not _unread(structure.stored):
         verify_run(structure, reference, batches, workers, progress, trust=trust)
     return report
+
+
+def _signed(options: VerifyOptions, folder: Path, pool: Pool, progress: Progress) -> Signed:
+    """What the check of the signature finds."""
+    from quantcli.checkpoint.signature.keys import load_identity
+    from quantcli.verification.signature.identity import verify_identity
+
+    assert options.identity is not None
+    identity = load_identity(options.identity, options.signer)
+    return verify_identity(folder, identity, pool, progress)
+
+
+def _add_signed(report: Report, signed: Signed) -> None:
+    report.depths.append("identity")
+    report.add(signed.findings)
+    report.count("signature", signed.files)
 
 
 def _unread(stored: StoredCheckpoint) -> bool:

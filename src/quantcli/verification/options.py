@@ -29,6 +29,15 @@ class VerifyOptions:
         metadata={"help": "Quantized checkpoint, whoever wrote it: folder, Hub id or address."}
     )
     others: Sequence[str | Path] | None = None
+    identity: Path | None = _option(  # noqa: RUF009
+        "Check the signature, and every file against it. FILE has the public key of whoever must have "
+        "signed, or certificates that the signer's must lead to.",
+        metavar="FILE",
+    )
+    signer: str | None = _option(
+        "With certificates: the name that the signer's must have, such as an e-mail address.",
+        metavar="NAME",
+    )
     full: bool = _option("Read every byte: hashes, NaN, ranges.", False)
     against: str | None = _option(
         "Compare with the float model, or a quantized one: folder, Hub id or address.",
@@ -70,6 +79,9 @@ class VerifyOptions:
                     f"{limit} is not a limit", where=f"{option} {limit}", fix="give a number"
                 )
         _ = self.tp_sizes, self.cluster
+        if self.signer is not None and self.identity is None:
+            what, fix = "--signer has no effect without --identity", "add --identity FILE"
+            raise InputError(what, fix=fix)
         if self.run and self.against is None:
             what = "--run compares two models, and there is one"
             raise InputError(what, fix="give the float one: --against MODEL")
@@ -95,7 +107,13 @@ class VerifyOptions:
     @property
     def depths(self) -> tuple[str, ...]:
         """The depths that are asked for, in their order."""
-        deeper = {"full": self.full, "against": self.against is not None, "run": self.run}
+        identity = self.identity is not None
+        deeper = {
+            "identity": identity,
+            "full": self.full,
+            "against": self.against is not None,
+            "run": self.run,
+        }
         return ("structure", *(depth for depth, is_asked in deeper.items() if is_asked))
 
     @property

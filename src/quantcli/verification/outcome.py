@@ -12,7 +12,7 @@ from quantcli.core.findings import Finding, noted
 from quantcli.recipe.fields import Verify
 from quantcli.targets.serving import ServeCommand
 
-Depth = Literal["structure", "full", "against", "run"]
+Depth = Literal["structure", "identity", "full", "against", "run"]
 CONVERT = "convert the model again"
 COPY = "copy the checkpoint again, or convert the model again"
 
@@ -33,6 +33,7 @@ CHECKS: dict[str, tuple[Depth, str]] = {
     "cache": ("structure", "each layer of attention has the scales of the cache that the engine reads"),
     "layers": ("structure", "as many layers as config.json says, none with fewer modules than others"),
     "tp": ("structure", "modules can be split over the given tensor parallel sizes"),
+    "signature": ("identity", "the identity signed the checkpoint, and every file is what was signed"),
     "hashes": ("full", "every file has the hash of the manifest"),
     "values": ("full", "no NaN or Inf, scales positive, codes in range"),
     "arithmetic": ("full", "derived numbers agree with those that they are derived from"),

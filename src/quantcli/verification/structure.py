@@ -19,6 +19,7 @@ from quantcli.checkpoint.files import (
     OTHER_WEIGHTS,
     PART,
     PICKLES,
+    SIGNATURE,
     has_byte_order_mark,
 )
 from quantcli.checkpoint.head import generates, lm_head
@@ -242,7 +243,7 @@ def _manifest(checkpoint: Checkpoint, files: dict[str, dict[str, Any]]) -> Itera
             yield failed("manifest", what, name, COPY)
     present = {*checkpoint.shards, *checkpoint.aux, *checkpoint.left_out}
     present |= {INDEX} if (checkpoint.path / INDEX).is_file() else set()
-    for name in sorted(present - files.keys() - {MANIFEST}):
+    for name in sorted(present - files.keys() - {MANIFEST, SIGNATURE}):
         if name in checkpoint.shards:
             what = "weight file is not in the manifest: its content cannot be checked"
             yield failed("manifest", what, name, COPY)

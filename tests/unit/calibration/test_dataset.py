@@ -12,6 +12,7 @@ import shutil
 import sys
 import types
 import warnings
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantcli.calibration.text import documents
+from quantcli.calibration.text import documents, tokenizer
 from quantcli.calibration.text.dataset import (
     Dataset,
     TextSource,
@@ -28,6 +29,7 @@ from quantcli.calibration.text.dataset import (
     source_digest,
 )
 from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.untrusted import bounded
 from tests.builders import make_model
 
 transformers = pytest.importorskip("transformers")
@@ -56,6 +58,14 @@ def source(data: Path | str, **options: Any) -> TextSource:
 
 def load(data: Path | str, model: Path = TINY, **options: Any) -> Dataset:
     return load_dataset(source(data, **options), model, positions=2048, vocab_size=4096)
+
+
+def encoded(text: str, samples: int = 3, length: int = 16) -> list[int]:
+    """The tokens of samples, made in this process, in which a test can replace what is used."""
+    choice = tokenizer.Choice(samples, length, None, True, WHERE, "calibration.")
+    ids = array("i")
+    ids.frombytes(tokenizer.encode(str(TINY), False, [documents.Document(text, WHERE)], choice)[1])
+    return ids.tolist()
 
 
 def rows(dataset: Dataset) -> list[list[int]]:
@@ -164,13 +174,12 @@ def test_a_batch_holds_at_least_one_sample(tmp_path: Path) -> None:
 def test_pieces_of_a_long_text_are_cut_at_lines(
     tmp_path: Path, encode: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantcli.calibration.text.dataset.PIECE", 20)
+    monkeypatch.setattr(tokenizer, "PIECE", 20)
     text = "One line.\nTwo.\nA line that is longer than any piece is\nend"
     pieces = ["One line.\nTwo.\n", "A line that is longe", "r than any piece is\n", "end"]
     assert "".join(pieces) == text
     tokens = [token for piece in pieces for token in encode(piece)]
-    path = text_file(tmp_path, text)
-    assert rows(load(path, samples=1, length=len(tokens))) == [tokens]
+    assert encoded(text, samples=1, length=len(tokens)) == tokens
 
 
 # --- one record, one sample
@@ -535,12 +544,12 @@ def test_a_broken_tokenizer(tmp_path: Path, table: str | None, what: str) -> Non
     assert where == str(model)
 
 
-def test_a_tokenizer_that_needs_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: Any, **__: Any) -> Any:
         raise ImportError("\n T requires the protobuf library\n")
 
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", missing)
-    what, where, _ = refused(MachineError, lambda: load(text_file(tmp_path)))
+    what, where, _ = refused(MachineError, lambda: encoded("text"))
     assert what == "the model's tokenizer cannot be loaded: T requires the protobuf library"
     assert where == str(TINY)
 
@@ -573,24 +582,21 @@ def test_code_that_came_with_the_model_runs_only_when_trusted(
         tokenizer_config__json=json.dumps(names),
         own__py=code,
     )
-    modules = str(tmp_path / "modules")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("builtins.input", lambda prompt: "y")  # nobody is to be asked
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    bounded.end_all()  # the next process has that environment
     path = text_file(tmp_path)
     what, where, fix = refused(InputError, lambda: load(path, model))
     assert what == "the model's tokenizer is code that came with the model"
     assert (where, fix.partition(" runs")[0]) == (str(model), "`--trust-remote-code`")
     assert not ran.exists()
     trusted = load_dataset(source(path), model, positions=None, vocab_size=None, trust_remote_code=True)
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]  # another test's folder of them is elsewhere
+    bounded.end_all()
     assert ran.exists()
     assert rows(trusted) == rows(load(path))
 
 
 def test_transformers_says_nothing(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = transformers.PreTrainedTokenizerFast
     load_tokenizer = used.from_pretrained
@@ -604,10 +610,10 @@ def test_transformers_says_nothing(
     level = logging.get_verbosity()
     logging.set_verbosity_info()
     try:
-        long = text_file(tmp_path, PLAY * 4)  # more tokens than the tokenizer's model_max_length
-        load(long)
+        long = PLAY * 4  # more tokens than the tokenizer's model_max_length
+        encoded(long)
         assert logging.get_verbosity() == python_logging.INFO
-        refused(InputError, lambda: load(long, samples=10**6))
+        refused(InputError, lambda: encoded(long, samples=10**6))
         assert logging.get_verbosity() == python_logging.INFO
     finally:
         logging.set_verbosity(level)

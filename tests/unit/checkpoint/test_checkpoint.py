@@ -159,7 +159,7 @@ REFUSED = [
     ),
     pytest.param(
         indexed({"weight_map": {"\x1b]0;x\x07": "model.safetensors"}}),
-        "tensor name '\\x1b]0;x\\x07' has control characters",
+        "tensor name `\\x1b]0;x\\x07` has control characters",
         f"{{}}/{INDEX}",
         id="index-escape-code-in-tensor-name",
     ),
@@ -176,22 +176,23 @@ REFUSED = [
     *(
         pytest.param(
             mapped(file),
-            f"file name {file!r} is not one in the model directory",
+            f"file name `{shown}` {fault}",
             f"{{}}/{INDEX}, tensor `model.embed.weight`",
             id=f"file-{word}",
         )
-        for word, file in {
-            "parent": "../x.safetensors",
-            "absolute": "/x/x.safetensors",
-            "subfolder": "x/y.safetensors",
-            "backslash": "..\\x.safetensors",
-            "nul": "x\0.safetensors",
-            "newline": "x\n.safetensors",
-            "escape-code": "\x1b[2J.safetensors",
-            "dot": ".",
-            "dots": "..",
-            "empty": "",
-        }.items()
+        for word, file, shown, fault in (
+            ("parent", "../x.safetensors", "../x.safetensors", "is not one inside the folder"),
+            ("absolute", "/x/x.safetensors", "/x/x.safetensors", "is not one inside the folder"),
+            ("subfolder", "x/y.safetensors", "x/y.safetensors", "is not one inside the folder"),
+            ("backslash", "..\\x.safetensors", "..\\x.safetensors", "is not one inside the folder"),
+            ("nul", "x\0.safetensors", "x\\x00.safetensors", "has control characters"),
+            ("newline", "x\n.safetensors", "x\\n.safetensors", "has control characters"),
+            ("escape-code", "\x1b[2J.safetensors", "\\x1b[2J.safetensors", "has control characters"),
+            ("dot", ".", ".", "is not one inside the folder"),
+            ("dots", "..", "..", "is not one inside the folder"),
+            ("empty", "", "", "is not one inside the folder"),
+            ("long", "x" * 256, "x" * 40, "is longer than a disk takes"),
+        )
     ),
     *(
         pytest.param(
@@ -615,7 +616,7 @@ def test_infinity_in_config_json(model: Path) -> None:
 
 PICKLED = "may hold pickled code, which is never read or passed on"
 OTHER = "the same weights in another format"
-STALE = "an index or a quantization file, true only for the weights it was made for"
+STALE = "an index, a signature or a quantization file, true only for the weights it was made for"
 HIDDEN = "not part of the model"
 ODD = "its name has control characters"
 

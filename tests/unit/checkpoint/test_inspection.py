@@ -198,7 +198,7 @@ def test_words_of_config_json_are_shown_only_where_they_are_words(
     ("config", "what"),
     [
         ({"model_type": ["qwen3"]}, "model_type` should be text, not a list"),
-        ({"model_type": 5}, "model_type` should be text, not a number: it is 5"),
+        ({"model_type": 5}, "model_type` should be text, not the number 5"),
         (
             {"architectures": "Lone"},
             "`architectures` should be a list of texts, not text: it is 'Lone'",

@@ -118,7 +118,7 @@ def test_the_base_model_is_the_one_that_was_quantized(plan, front, overrides, hu
         ("a: [", "not valid YAML"),
         ("- a", "not a mapping"),
         ("a: 1\na: 2", "appears twice"),
-        ("license: 0x" + "f" * 5000, "cannot read the value"),
+        ("license: 0x" + "f" * 5000, "is too large"),
         ("a: " + "x" * 70_000, "over 65,536 characters"),
     ],
 )

@@ -372,7 +372,7 @@ MXFP4 = {"a.weight": tensor("U8", 8, 16), "a.weight_scale": tensor("U8", 8, 1)}
         (
             MXFP4,
             quark(FP4_GROUPS, layer_quant_config=3),
-            "should be an object, not a number: it is 3",
+            "should be an object, not the number 3",
         ),
         (MXFP4 | {"a.weight": tensor("I8", 8, 16)}, quark(FP4_GROUPS), "fp4 has two codes in each U8"),
         (MXFP4 | {"a.weight": tensor("U8", 8, 8)}, quark(FP4_GROUPS), "groups of 32 columns do not"),

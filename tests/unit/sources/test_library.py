@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.sources.decode import decoded
 from quantcli.sources.expert_stack import ExpertMatrix
@@ -45,7 +45,8 @@ def families() -> dict[str, list[str]]:
     assert library is not None
     assert library.origin is not None
     for folder in sorted((Path(library.origin).parent / "models").iterdir()):
-        modules = [ast.parse(file.read_text()) for file in sorted(folder.glob("modeling_*.py"))]
+        texts = [file.read_text() for file in sorted(folder.glob("modeling_*.py"))]
+        modules = [ast.parse(text) for text in texts if "expert" in text.lower()]
         if any(name for module in modules for name in expert_parameters(module)):
             nodes = [node for module in modules for node in ast.walk(module)]
             found[folder.name] = [node.name for node in nodes if isinstance(node, ast.ClassDef)]
@@ -84,7 +85,7 @@ def is_known(folder: str) -> bool:
     if any(kind in EXPERTS for kind in model_types(folder)):
         return True
     specs = {"m.layers.0.mlp.input_linear.weight": TensorSpec("x", "BF16", (4, 16, 8))}
-    (refusal,) = CompressedTensors().check_tensors(specs, Table({"model_type": folder}))
+    (refusal,) = CompressedTensors().check_tensors(specs, Settings({"model_type": folder}))
     return "order that is not known" not in refusal.what
 
 
@@ -101,7 +102,7 @@ CONFIG = {"model_type": "new_moe", "num_experts": 4, "hidden_size": 32}
 
 def refusals(shape, name=NAME, config=CONFIG):
     return list(
-        CompressedTensors().check_tensors({name: TensorSpec(name, "BF16", shape)}, Table(config))
+        CompressedTensors().check_tensors({name: TensorSpec(name, "BF16", shape)}, Settings(config))
     )
 
 

@@ -460,7 +460,7 @@ def test_modelopt_has_blocks_of_four_dimensions(tmp_path):
             {"quantization": {"quant_algo": "W4A8_AWQ"}},
             "hf_quant_config.json: `quant_algo` is 'W4A8_AWQ'",
         ),
-        ({"quantization": 7}, "`quantization` should be an object, not a number: it is 7"),
+        ({"quantization": 7}, "`quantization` should be an object, not the number 7"),
         ({}, "`quantization` should be an object, not null"),
     ],
 )

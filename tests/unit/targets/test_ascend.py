@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
@@ -275,7 +275,7 @@ def described(tensors, modules=(), config=None, serving="BF16"):
         list(modules),
         specs,
         dict.fromkeys(tensors, "f"),
-        Table(config or {"dtype": "bfloat16"}),
+        Settings(config or {"dtype": "bfloat16"}),
         serving,
     )
     files = {name: json.loads(content) for name, content in TARGET.sidecars(output).items()}

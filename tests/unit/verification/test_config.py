@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 from quantcli.verification.config import check_dtypes, check_tied, compare_config
@@ -15,7 +15,7 @@ BLOCK = {"quant_method": "compressed-tensors"}
 
 
 def model(config, tensors=()):
-    return SimpleNamespace(config=Table(config), tensors=dict(tensors), path="OUT")
+    return SimpleNamespace(config=Settings(config), tensors=dict(tensors), path="OUT")
 
 
 def differences(ours, reference, *, sealed=True, recipe="target: ascend"):

@@ -12,8 +12,8 @@ from quantcli.verification.on_text.tokens import moved_tokens
 WORDS = ["zero", " one", " two", " three"]
 
 
-def text(ids):
-    return "".join(WORDS[token] for token in ids).removeprefix(" ")
+def texts(sequences):
+    return ["".join(WORDS[token] for token in ids).removeprefix(" ") for ids in sequences]
 
 
 def test_an_interval_holds_the_mean_and_shrinks_with_more_windows():
@@ -40,7 +40,7 @@ def test_tokens_that_moved_most_come_first_with_their_context():
         (expected, torch.tensor([-1.0, -1.5, -1.25])),
         (expected, torch.tensor([-1.0, 2.0, -1.0])),
     ]
-    first, second, third, *rest = moved_tokens(windows, scores, text)
+    first, second, third, *rest = moved_tokens(windows, scores, texts)
     assert (first.window, first.position, first.change) == (1, 2, 3.0)
     assert (first.before, first.token, first.after) == ("three two", " one", "zero")
     assert (second.window, second.position, second.change) == (0, 2, -0.5)
@@ -61,7 +61,7 @@ def test_the_tokens_are_those_of_the_text():
     actual[1, 1, 2] -= 4.0  # the logits at place 1 are of the token at place 2
     predictions = Predictions()
     predictions.add(expected, actual, Batch(ids, None))
-    run = predictions.report([], text)
+    run = predictions.report([], texts)
     token = run.moved_tokens[0]
     assert (token.window, token.position, token.token) == (1, 2, " two")
     assert token.change == pytest.approx(-4 + math.log(4 / (3 + math.exp(-4))), abs=1e-4)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.verification.sizes import check_sizes
 
 HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
@@ -18,7 +18,7 @@ def findings(config, shapes, stack="model.layers.0"):
         )
         for name, shape in shapes.items()
     }
-    checkpoint = SimpleNamespace(text_config=Table(config), tensors=tensors, problems=[])
+    checkpoint = SimpleNamespace(text_config=Settings(config), tensors=tensors, problems=[])
     model = SimpleNamespace(checkpoint=checkpoint, modules={}, unchecked={})
     return [f.what for f in check_sizes(model)]
 

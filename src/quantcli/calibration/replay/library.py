@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from quantcli.calibration.replay.next_token import add_layer, attach
-from quantcli.calibration.text.dataset import quiet
 from quantcli.calibration.text.documents import sentence
+from quantcli.calibration.text.tokenizer import quiet
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.detect import must_run_alone
 from quantcli.core.errors import InputError

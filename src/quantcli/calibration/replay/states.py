@@ -253,9 +253,9 @@ def note_stack(
         def note(number: int, hidden: Tensor, carry: Carry) -> None:
             if not specs:
                 specs.extend(state_specs(hidden, number, replay.batches))
-                made = writer(specs)
-                if made is not None:
-                    writers.append(contexts.enter_context(made))
+                new_writer = writer(specs)
+                if new_writer is not None:
+                    writers.append(contexts.enter_context(new_writer))
             for each in writers:
                 each.put(number, hidden, carry)
 

@@ -18,6 +18,7 @@ from quantcli.calibration.methods.base import methods_of
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.tensors import read_bytes
 from quantcli.core.text import count
+from quantcli.core.untrusted.tables import Table
 from quantcli.planning.plan import Plan, Quantize, quantized_items
 from quantcli.recipe.fields import Calibration
 
@@ -46,6 +47,20 @@ class Key:
     options: Mapping[str, Any]
     modules: Mapping[str, str]
     measured: Mapping[str, Any] = field(compare=False, default_factory=dict)
+
+    @classmethod
+    def parse(cls, table: Table) -> Key:
+        """The key that a file holds. InputError for a value of another type."""
+        modules = table.table("modules")
+        return cls(
+            model=table.text("model"),
+            data=table.text("data"),
+            inputs=table.table("inputs").value,
+            edits=table.table("edits").value,
+            options=table.table("options").value,
+            modules={name: modules.text(name) for name in modules},
+            measured={name: what.value for name, what in table.tables("measured").items()},
+        )
 
     @property
     def digest(self) -> str:

@@ -10,7 +10,7 @@ import importlib.util
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
@@ -64,6 +64,22 @@ def data_digest(data: str, where: str) -> str:
     with _opened(data, where) as (file, path):
         digest = hashlib.file_digest(file, "sha256")
     digest.update(b"JSON lines" if _is_json_lines(path) else b"text")
+    return digest.hexdigest()
+
+
+def file_digest(data: str, where: str) -> str | None:
+    """sha256 (hex) of a file's bytes, as `sha256sum` prints it; None for a data set."""
+    if data.startswith(HUB):
+        return None
+    with _opened(data, where) as (file, _):
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of_rows(documents: Iterable[Document]) -> str:
+    """sha256 (hex) of the rows of a data set, as they were read."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest.update(json.dumps(document.content).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 
 CONFIG = "config.json"
 # Keys of config.json, at any level. Source: vllm 0.32.0,
@@ -21,10 +21,10 @@ _TEXT = (
 )  # fmt: skip
 
 
-def language_model(config: Table) -> Table:
+def language_model(config: Settings) -> Settings:
     """The part of config.json that describes the language model."""
     for path in _TEXT:
-        nested: Table | None = config
+        nested: Settings | None = config
         for key in path:
             nested = nested.table(key) if nested is not None else None
         if nested is not None:
@@ -32,7 +32,7 @@ def language_model(config: Table) -> Table:
     return config
 
 
-def quantization_blocks(*levels: Table | None) -> Iterator[Table]:
+def quantization_blocks(*levels: Settings | None) -> Iterator[Settings]:
     """The quantization configs in some parts of config.json, the first of which engines read."""
     for level in levels:
         for key in QUANTIZATION_KEYS:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from quantcli.checkpoint.config.places import CONFIG, language_model
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import of_draft
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.core.errors import InputError
@@ -51,7 +51,7 @@ class Contradiction(InputError):
     """A size in config.json that is not that of the tensors."""
 
 
-def contradictions(config: Table, tensors: Iterable[TensorSpec]) -> Iterator[Contradiction]:
+def contradictions(config: Settings, tensors: Iterable[TensorSpec]) -> Iterator[Contradiction]:
     """What config.json says otherwise than the headers. InputError for a size that is not a number.
 
     Codes of quantized weights are packed, so that only float weights are compared.
@@ -70,11 +70,11 @@ def contradictions(config: Table, tensors: Iterable[TensorSpec]) -> Iterator[Con
         yield _error(config, what)
 
 
-def _error(config: Table, what: str) -> Contradiction:
+def _error(config: Settings, what: str) -> Contradiction:
     return Contradiction(f"{CONFIG} contradicts the tensors: {what}", where=config.path, fix=FIX)
 
 
-def _too_large(config: Table, specs: list[TensorSpec]) -> Iterator[str]:
+def _too_large(config: Settings, specs: list[TensorSpec]) -> Iterator[str]:
     """Sizes, at any level, that no stored tensor can have."""
     largest = max((side for spec in specs for side in spec.shape), default=0) * _PACKED
     for key in _ALLOCATED:
@@ -92,7 +92,7 @@ def _too_large(config: Table, specs: list[TensorSpec]) -> Iterator[str]:
 # -- layers --------------------------------------------------------------------------------------
 
 
-def layer_faults(config: Table, names: Iterable[str]) -> Iterator[str]:
+def layer_faults(config: Settings, names: Iterable[str]) -> Iterator[str]:
     """The number of layers, if no list of modules has as many. Drafts borrow config.json from another
     model. config: of the language model."""
     names = list(names)
@@ -157,7 +157,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
 _ENDS = frozenset({*_EMBEDDINGS, *_PROJECTIONS, *_NORMS})
 
 
-def size_faults(config: Table, shapes: Shapes, *, served: bool = False) -> Iterator[str]:
+def size_faults(config: Settings, shapes: Shapes, *, served: bool = False) -> Iterator[str]:
     """Sizes of the language model's config that are not those of its weights.
 
     served: also what fits some family, but not what engines build of these keys: embeddings of more
@@ -179,7 +179,7 @@ def size_faults(config: Table, shapes: Shapes, *, served: bool = False) -> Itera
     yield from _experts(config, shapes)
 
 
-def _heads(config: Table, sides: _Sides, *, served: bool) -> Iterator[str]:
+def _heads(config: Settings, sides: _Sides, *, served: bool) -> Iterator[str]:
     """The projections of attention: the number of heads times one width."""
     heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
     head = config.size("head_dim") or (hidden // heads if heads and hidden else None)
@@ -198,7 +198,7 @@ def _heads(config: Table, sides: _Sides, *, served: bool) -> Iterator[str]:
         yield from sides.width("self_attn.v_proj", 0, keys)
 
 
-def _embedding(config: Table, sides: _Sides, *, served: bool) -> Iterator[str]:
+def _embedding(config: Settings, sides: _Sides, *, served: bool) -> Iterator[str]:
     """[vocab_size, hidden_size]; not checked if config.json gives embeddings a width of their own."""
     tables = {m: s for end in _EMBEDDINGS for m, s in sides.by_end.get(end, {}).items()}
     if len(tables) != 1 or any(_OTHER_WIDTH.fullmatch(key) for key in config):
@@ -213,7 +213,7 @@ def _embedding(config: Table, sides: _Sides, *, served: bool) -> Iterator[str]:
         yield f"`hidden_size` is {hidden}; `{module}.weight` is {list(shape)}"
 
 
-def _experts(config: Table, shapes: Shapes) -> Iterator[str]:
+def _experts(config: Settings, shapes: Shapes) -> Iterator[str]:
     """The number of experts of a layer, if it is the same in all, and other than each number given."""
     counts = {n for key in _COUNTS if (n := config.size(key))}
     sets: dict[str, set[int]] = defaultdict(set)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from urllib.parse import urlsplit
 
+from quantcli.core.untrusted.names import printable
+
 _ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 _AS_PATH = re.compile(r"(?P<scheme>hf|s3|gs|az|https?):/(?P<rest>[^/].*)", re.DOTALL | re.IGNORECASE)
 _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/.*", re.DOTALL)
@@ -32,8 +34,8 @@ def is_server(text: str) -> bool:
     try:
         parts = urlsplit(text)
         labels = (parts.hostname or "").removesuffix(".").split(".")  # of a name or an IP address
-        known = all(1 <= len(label) <= _LONGEST_LABEL for label in labels)
-        usable = parts.scheme in {"http", "https"} and known and parts.port != 0
+        sound = all(1 <= len(label) <= _LONGEST_LABEL for label in labels)
+        usable = parts.scheme in {"http", "https"} and sound and parts.port != 0
     except ValueError:  # a port that is none, a bracket without its other half
         return False
     return usable and text.isascii() and text.isprintable() and " " not in text
@@ -49,7 +51,7 @@ def public_form(text: str) -> str:
     if at and (":" in before or "/" not in before):  # not the revision in ORG/NAME@REVISION
         rest = f"...@{behind}"
     line = f"{scheme}{between}{rest}"[:_LONGEST]
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return printable(line)
 
 
 def without_secrets(argument: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from quantcli.checkpoint.files import INDEX, MANIFEST, RECIPE_FILE, SOURCE_RECIPE
+from quantcli.checkpoint.files import INDEX, MANIFEST, RECIPE_FILE, SIGNATURE, SOURCE_RECIPE
 from quantcli.checkpoint.remote.address import is_server, public_form
 from quantcli.checkpoint.remote.origin import MAX_FILES, Listing, Origin, PassingError, Version
 from quantcli.checkpoint.remote.ranges import (
@@ -44,7 +44,7 @@ _KNOWN = (
     "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     "modules.json", "README.md", "LICENSE", "LICENSE.txt", "quantize_config.json",
     "quantization_config.json", "hf_quant_config.json", "quant_model_description.json",
-    MANIFEST, RECIPE_FILE, SOURCE_RECIPE,
+    MANIFEST, RECIPE_FILE, SOURCE_RECIPE, SIGNATURE,
 )  # fmt: skip
 
 

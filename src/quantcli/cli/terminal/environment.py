@@ -20,6 +20,7 @@ HELP = {
     "QUANTCLI_EXECUTOR": "executor, if --executor is not given",
     "QUANTCLI_CACHE": "folder to keep compiled code in",
     "QUANTCLI_KERNELS": "off: compile nothing, use torch",
+    "QUANTCLI_PASSWORD": "password of the key that signs",
 }
 
 

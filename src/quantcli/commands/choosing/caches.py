@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.roles import Role
 from quantcli.core.errors import InputError
 from quantcli.targets.kv_cache import AttentionLayer, attention_layers
@@ -97,7 +97,7 @@ def cache_sizes(checkpoint: Checkpoint, roles: Mapping[str, Role]) -> CacheSizes
     return CacheSizes(tuple(layers), state, tuple(notes))
 
 
-def _layer(layer: AttentionLayer, config: Table, indexed: bool) -> _Layer:
+def _layer(layer: AttentionLayer, config: Settings, indexed: bool) -> _Layer:
     number = _LAYER.search(f"{layer.name}.")
     window = _window(config, int(number[1])) if number else None
     index = _whole(config, "index_head_dim")
@@ -107,7 +107,7 @@ def _layer(layer: AttentionLayer, config: Table, indexed: bool) -> _Layer:
     return _Layer(sum(layer.widths), layer.heads, plain, window)
 
 
-def _window(config: Table, layer: int) -> int | None:
+def _window(config: Settings, layer: int) -> int | None:
     """Tokens that a layer looks back at; None: all, also if config.json does not say which layers."""
     kinds, pattern = config.texts("layer_types"), _whole(config, "sliding_window_pattern")
     if layer < len(kinds):
@@ -117,7 +117,7 @@ def _window(config: Table, layer: int) -> int | None:
     return (_whole(config, key) or None) if key else None
 
 
-def _state(config: Table, roles: Mapping[str, Role]) -> tuple[int, list[str]]:
+def _state(config: Settings, roles: Mapping[str, Role]) -> tuple[int, list[str]]:
     """Bytes that recurrent layers keep of a sequence, and a note if they are not known."""
     names = (module for module, role in roles.items() if role == "ssm")
     layers = {match[1] for name in names if (match := _LAYER.search(f"{name}."))}
@@ -139,7 +139,7 @@ def _state(config: Table, roles: Mapping[str, Role]) -> tuple[int, list[str]]:
     return len(layers) * numbers * _STATE_BYTES, []
 
 
-def _whole(config: Table, key: str) -> int:
+def _whole(config: Settings, key: str) -> int:
     """A number of things in config.json; 0 if it does not say, or counts none."""
     value = config.size(key)
     return value if value and value < 2**31 else 0

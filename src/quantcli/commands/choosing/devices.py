@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.core.errors import InputError
+from quantcli.core.untrusted.yaml_text import read_yaml
 
 NATIVE = "native"
 LIST = "`quantcli recommend --devices` lists the known ones"
@@ -73,11 +74,11 @@ class Device:
 
 @cache
 def _table() -> dict[str, Any]:
-    import yaml
-
-    text = Path(__file__).with_name("devices.yaml").read_text(encoding="utf-8")
-    table: dict[str, Any] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    return table
+    path = Path(__file__).with_name("devices.yaml")
+    table: dict[str, Any] = read_yaml(path.read_bytes(), str(path)).data
+    kinds = table["kinds"]
+    same = {kind: kinds[entry] for kind, entry in kinds.items() if isinstance(entry, str)}
+    return table | {"kinds": kinds | same}
 
 
 def _plain(name: str) -> str:

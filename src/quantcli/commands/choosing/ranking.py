@@ -10,9 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.commands.choosing.caches import CacheSizes
 from quantcli.commands.choosing.devices import NATIVE, Device
 from quantcli.commands.choosing.options import Serving
@@ -25,6 +23,7 @@ from quantcli.commands.choosing.weights import (
 )
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import LATENTS, Numerics
+from quantcli.core.untrusted.yaml_text import read_yaml
 from quantcli.planning.plan import Plan
 from quantcli.planning.planner import compare_expected, make_plan
 from quantcli.recipe.recipe import Recipe, resolve
@@ -135,8 +134,8 @@ class Candidate:
 @cache
 def costs() -> dict[str, Any]:
     """`model`, `text`, and by recipe the `mean_change` of the bundled model; None if it refuses it."""
-    text = Path(__file__).with_name("costs.yaml").read_text(encoding="utf-8")
-    table: dict[str, Any] = yaml.safe_load(text)
+    path = Path(__file__).with_name("costs.yaml")
+    table: dict[str, Any] = read_yaml(path.read_bytes(), str(path)).data
     return table
 
 
@@ -297,7 +296,7 @@ def _bits(numerics: list[Numerics], kernels: str) -> tuple[int, int]:
 _INPUT_BITS = {"inputs stay float": 16, "inputs become mxfp4": 4, "inputs become int8": 8}
 
 
-def positions(config: Table) -> int | None:
+def positions(config: Settings) -> int | None:
     """Tokens that a model was made for; None if config.json does not say."""
     value = config.size("max_position_embeddings")
     return value if value and value <= 2**30 else None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import LINEAR, Role, roles_of
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
@@ -77,7 +77,7 @@ class Model:
         return self.times.get(match["experts"], 1) if match else 1
 
     @property
-    def config(self) -> Table:
+    def config(self) -> Settings:
         """The config of the language model."""
         return self.whole.text_config
 

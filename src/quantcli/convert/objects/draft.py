@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.checkpoint.checkpoint import CONFIG
-from quantcli.checkpoint.files import INDEX, JOURNAL, MANIFEST
+from quantcli.checkpoint.files import INDEX, JOURNAL, MANIFEST, SIGNATURE
 from quantcli.checkpoint.remote.objects import ObjectFolder
 from quantcli.checkpoint.remote.origin import Listing, Origin, Version
 from quantcli.convert.destination import Draft, Entry
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from quantcli.core.findings import Finding
 
 # What makes a folder a checkpoint for engines and people: written when all else is there.
-LATE = (INDEX, CONFIG, MANIFEST)
+LATE = (INDEX, CONFIG, SIGNATURE, MANIFEST)
 _CHUNK = 2**20  # bytes
 
 

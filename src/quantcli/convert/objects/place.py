@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.checkpoint.files import JOURNAL, MANIFEST
+from quantcli.checkpoint.files import JOURNAL, MANIFEST, SIGNATURE
 from quantcli.checkpoint.manifest import encode_manifest, whole_manifest
 from quantcli.checkpoint.remote.file import RemoteFolder
 from quantcli.checkpoint.remote.objects import ObjectFolder
@@ -165,7 +165,9 @@ class ObjectPlace(Destination):
         content, _ = self.bucket.get(MANIFEST)
         try:
             table = json.loads(content)
-            files = {*table["files"], MANIFEST} if encode_manifest(table) == content else set()
+            files = (
+                {*table["files"], SIGNATURE, MANIFEST} if encode_manifest(table) == content else set()
+            )
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             files = set()
         if others := sorted(listed.keys() - files):

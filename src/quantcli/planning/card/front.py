@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
-
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.hub import HUB_ID
 from quantcli.core.registry import discover
+from quantcli.core.untrusted.yaml_text import write_yaml
 from quantcli.planning.card.source import QUANTIZED_BY, SourceCard, kept
 from quantcli.targets.base import Target
 
@@ -29,7 +28,7 @@ def base_of(named: str | None, source: SourceCard) -> str | None:
     return given["repository"] if quantized and given else None  # the Hub knows no revision here
 
 
-def front_matter(base: str | None, source: SourceCard, target: Target, config: Table) -> str:
+def front_matter(base: str | None, source: SourceCard, target: Target, config: Settings) -> str:
     """The front matter between its edges, in YAML."""
     own = dict(kept(source.front))
     table: dict[str, Any] = {}
@@ -44,5 +43,4 @@ def front_matter(base: str | None, source: SourceCard, target: Target, config: T
     table |= own
     table["tags"] = [*dict.fromkeys([*others, *target.tags, QUANTIZED_BY])]
     table["quantized_by"] = QUANTIZED_BY
-    text = yaml.safe_dump(table, sort_keys=False, allow_unicode=True, width=1_000_000)
-    return f"---\n{text}---"
+    return f"---\n{write_yaml(table, width=1_000_000)}---"

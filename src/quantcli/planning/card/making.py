@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
@@ -13,6 +12,7 @@ from quantcli.checkpoint.files import RECIPE_FILE, SOURCE_RECIPE
 from quantcli.core.text import count
 from quantcli.planning.card.markdown import code, plain, table
 from quantcli.planning.plan import CacheScale, Kept, Plan, RuleLine, Work
+from quantcli.recipe.recipe import name_of_data
 
 if TYPE_CHECKING:
     from quantcli.planning.repack import Packed, Repacking
@@ -102,12 +102,13 @@ def _calibration(plan: Plan) -> str:
     block = plan.recipe.file.calibration
     if not plan.needs_calibration or block is None:
         return "No data was needed: the numbers follow from the weights alone."
-    data = block.data or ""
-    name = data if data.startswith("datasets:") else Path(data).name
+    name = name_of_data(block.data or "")
+    sha256 = (plan.basis and plan.basis.text) or block.sha256
+    digest = f" (sha256 {code(sha256)})" if sha256 else ""
     methods = ", ".join(code(method.name) for method in plan.methods)
     return (
         f"Calibrated on {count(block.samples, 'sample')} of up to {count(block.length, 'token')} from "
-        f"{code(name)}, with {methods}."
+        f"{code(name)}{digest}, with {methods}."
     )
 
 

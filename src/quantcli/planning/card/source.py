@@ -12,8 +12,8 @@ from quantcli.checkpoint.checkpoint import Checkpoint, read_json_file
 from quantcli.checkpoint.files import CARD, MANIFEST
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import InputError, QuantError
+from quantcli.core.untrusted.yaml_text import read_yaml
 from quantcli.planning.card.markdown import lines_of, unquote
-from quantcli.recipe.document import load_front_matter
 
 QUANTIZED_BY = "quantcli"
 SOURCE_CARD = "<!-- quantcli: the source's card -->"  # a line before the quotation
@@ -73,9 +73,12 @@ def split(text: str) -> tuple[dict[str, Any], str, str | None]:
     if len(front) > _MOST_FRONT:
         return {}, text, f"it is over {_MOST_FRONT:,} characters"
     try:
-        return load_front_matter(front, CARD), "\n".join(lines[end + 1 :]), None
+        table = read_yaml(front, CARD, unprintable=True).data or {}
     except InputError as error:
         return {}, text, error.what
+    if not isinstance(table, dict):
+        return {}, text, "it is not a mapping"
+    return table, "\n".join(lines[end + 1 :]), None
 
 
 def is_ours(front: Mapping[str, Any]) -> bool:

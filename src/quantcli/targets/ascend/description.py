@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint, read_table
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.head import lm_head
 from quantcli.core.errors import InputError, closest
 from quantcli.core.findings import Finding, failed, noted, of_error
@@ -59,17 +59,17 @@ class Description:
             self.findings += self._group_size(table)
             self.findings += self._tensors()
 
-    def _read(self) -> Table:
+    def _read(self) -> Settings:
         path = self.checkpoint.path / DESCRIPTION
         if not path.is_file():
             fix = f"{AGAIN}: without it the engine takes all weights for float"
             self.findings.append(failed("description", f"there is no {DESCRIPTION}", fix=fix))
-            return Table({})
+            return Settings({})
         try:
             table = read_table(path)
         except InputError as error:
             self.findings.append(of_error("description", error))
-            return Table({})
+            return Settings({})
         if table.value(_INDEXER):
             what = f"has `{_INDEXER}`: what the engine rounds by it, next to weights, is not verified"
             self.findings.append(noted("description", what, DESCRIPTION))
@@ -81,7 +81,7 @@ class Description:
             self.findings.append(failed("description", "describes no tensor", DESCRIPTION, AGAIN))
         return table
 
-    def _largest_tp(self, table: Table) -> int:
+    def _largest_tp(self, table: Settings) -> int:
         size = table.value(LARGEST_TP) if LARGEST_TP in table else USUAL_TP
         if isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= LARGEST_SIDE:
             return size
@@ -89,7 +89,7 @@ class Description:
         self.findings.append(failed("description", what, DESCRIPTION, AGAIN))
         return USUAL_TP
 
-    def _group_size(self, table: Table) -> Iterator[Finding]:
+    def _group_size(self, table: Settings) -> Iterator[Finding]:
         """A finding for a `group_size` other than a type of the description needs."""
         size = table.value("group_size")
         for label in dict.fromkeys(self.labels.values()):

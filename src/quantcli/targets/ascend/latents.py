@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.targets.base import Fault
 from quantcli.targets.kv_cache import AttentionLayer, CachePart, CacheTensor
 from quantcli.targets.layouts import Values
@@ -46,7 +46,7 @@ TENSORS = tuple(
 )
 
 
-def faults(layer: AttentionLayer, int8: Mapping[str, bool], config: Table) -> Iterator[Fault]:
+def faults(layer: AttentionLayer, int8: Mapping[str, bool], config: Settings) -> Iterator[Fault]:
     """What the engine stops at, or misreads, if a layer's latents are int8.
 
     int8: whether modules have int8 codes and a weight_scale, by name; float ones may be missing.

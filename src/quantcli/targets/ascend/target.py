@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import Draft
 from quantcli.core.codes import pack_signed, scale_values, scales_to_store, unpack_signed
 from quantcli.core.errors import InputError
@@ -324,7 +324,7 @@ class Ascend(VllmTarget):
         cache: Cache,
         layer: AttentionLayer,
         modules: Mapping[str, Module],
-        config: Table,
+        config: Settings,
     ) -> Fault | None:
         """Heads of widths that the layout of an int8 cache does not take; the 310P, which has none;
         what the engine needs for latents.

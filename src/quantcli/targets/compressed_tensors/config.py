@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 from quantcli.checkpoint.checkpoint import CONFIG
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import of_draft
 from quantcli.checkpoint.spec import DTYPES, FLOATS
 from quantcli.core.findings import Finding, failed, noted
@@ -46,11 +46,11 @@ class ConfigGroups:
         return {target: group.name for group in self.groups for target in group.targets}
 
 
-def read_groups(block: Table) -> ConfigGroups:
+def read_groups(block: Settings) -> ConfigGroups:
     """The groups of an untrusted `quantization_config`. Never raises: faults are findings."""
     config = ConfigGroups()
     top = block.value("format")
-    tables = block.object_of("config_groups") or Table({})
+    tables = block.object_of("config_groups") or Settings({})
     cache_alone = block.value("config_groups") == {} and block.value("kv_cache_scheme")
     if not tables and not cache_alone:
         config.findings.append(_wrong("has no `config_groups`: the engine takes all weights for float"))
@@ -85,7 +85,7 @@ def read_groups(block: Table) -> ConfigGroups:
     return config
 
 
-def _other_keys(block: Table) -> Iterator[Finding]:
+def _other_keys(block: Settings) -> Iterator[Finding]:
     """Findings of keys other than groups, `format` and `ignore`."""
     sparse = block.object_of("sparsity_config")
     if sparse is not None and sparse.value("targets"):
@@ -98,7 +98,7 @@ class _Unknown(Exception):
     """Raised for a group that this version cannot read; the text says why."""
 
 
-def _group(table: Table, top: object) -> tuple[Numerics, Kind]:
+def _group(table: Settings, top: object) -> tuple[Numerics, Kind]:
     """The numerics of a group and their kind; top: the `format` of all groups. Raises _Unknown."""
     form = top if table.value("format") is None else table.value("format")
     if not isinstance(form, str) or form not in (*FORMATS, _ANY):
@@ -143,7 +143,7 @@ _SCALES = {None: None} | {
 }
 
 
-def _operand(table: Table) -> Operand:
+def _operand(table: Settings) -> Operand:
     """QuantizationArgs as compressed-tensors reads them: keys left out follow from the others.
 
     Sources: compressed-tensors 0.17.0, quantization/quant_args.py:169-345; compressed-tensors 0.20.0,
@@ -192,7 +192,7 @@ def _operand(table: Table) -> Operand:
     return Operand(dtype, per, symmetric, dynamic, block, scale, global_scale)
 
 
-def _given(table: Table, key: str, default: object) -> object:
+def _given(table: Settings, key: str, default: object) -> object:
     """A value as it is, or the default of an absent key; null is a value here, as for the engine."""
     return table.value(key) if key in table else default
 
@@ -251,7 +251,7 @@ def cache_scheme(cache: Cache) -> dict[str, Any]:
     }
 
 
-def declared_cache(block: Table) -> tuple[Cache | None, Iterator[Finding]]:
+def declared_cache(block: Settings) -> tuple[Cache | None, Iterator[Finding]]:
     """The cache of `kv_cache_scheme`, and the findings of its faults.
 
     Source: vllm 0.32.0, model_executor/layers/quantization/compressed_tensors/

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics
 from quantcli.targets.base import PlannedCheckpoint
@@ -56,7 +56,7 @@ class Fp8Config:
     findings: list[Finding] = field(default_factory=list)
 
 
-def read_config(block: Table) -> Fp8Config:
+def read_config(block: Settings) -> Fp8Config:
     """The object as the engine reads it, untrusted. Never raises: faults are findings."""
     config = Fp8Config(findings=list(_faults(block)))
     if any(finding.severity == "error" for finding in config.findings):
@@ -71,7 +71,7 @@ def read_config(block: Table) -> Fp8Config:
     return config
 
 
-def _faults(block: Table) -> Iterator[Finding]:
+def _faults(block: Settings) -> Iterator[Finding]:
     if block.value("quant_method") != METHOD:
         what = "has no quantization_config for its fp8 weights: the engine would take codes for weights"
         yield failed("config", what, CONFIG, f'add it, with "quant_method": "{METHOD}"')

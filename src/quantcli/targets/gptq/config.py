@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, read_table
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import LAYER, Draft, of_draft
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
@@ -105,7 +105,7 @@ def _engine_name(module: str) -> str | None:
     return expert["experts"] if expert else looked_up_as(module)
 
 
-def settings_of(checkpoint: Checkpoint) -> Table | None:
+def settings_of(checkpoint: Checkpoint) -> Settings | None:
     """The config of a checkpoint that is, or means to be, of this format; None for any other."""
     block = quantization_block(checkpoint.config)
     if not block and (checkpoint.path / FILE).is_file():
@@ -181,7 +181,7 @@ class GptqConfig:
         return self.usual
 
 
-def read_config(block: Table) -> GptqConfig:
+def read_config(block: Settings) -> GptqConfig:
     """The object as vLLM reads it, untrusted. Never raises: faults are findings.
 
     Source: vllm 0.32.0, model_executor/layers/quantization/auto_gptq.py:104-216.
@@ -208,7 +208,7 @@ def read_config(block: Table) -> GptqConfig:
     return config
 
 
-def _changed(usual: Kind, changes: Table) -> Kind:
+def _changed(usual: Kind, changes: Settings) -> Kind:
     bits, group = changes.integer("bits"), changes.integer("group_size")
     symmetric = changes.flag("sym")
     return replace(
@@ -228,7 +228,7 @@ def _flat(names: Any) -> Iterator[str]:
             yield name
 
 
-def _faults(block: Table) -> Iterator[Finding]:
+def _faults(block: Settings) -> Iterator[Finding]:
     missing = [key for key in ("bits", "group_size", "desc_act", "sym") if key not in block]
     if missing:
         yield _wrong(f"has no `{missing[0]}`, without which vLLM loads nothing")
@@ -242,7 +242,7 @@ def _faults(block: Table) -> Iterator[Finding]:
     names = block.value("modules_in_block_to_quantize")
     if names is not None and not _only_names(names):
         yield _wrong(f"`modules_in_block_to_quantize` is {names!r:.60}, not a list of names")
-    rules = block.object_of("dynamic") or Table({})
+    rules = block.object_of("dynamic") or Settings({})
     if not isinstance(given := block.value("dynamic"), dict | None):
         yield _wrong(f"`dynamic` is {given!r:.60}, not an object")
     for pattern in rules:
@@ -259,7 +259,7 @@ def _faults(block: Table) -> Iterator[Finding]:
                 yield _wrong(f"`dynamic`, {pattern!r:.60}: {bits!r:.20} bits, which vLLM does not have")
 
 
-def _wrong_numbers(place: str, table: Table) -> Iterator[Finding]:
+def _wrong_numbers(place: str, table: Settings) -> Iterator[Finding]:
     """Findings for bits, group_size, desc_act and sym of another type than engines take."""
     bits, group = table.value("bits"), table.value("group_size")
     if "bits" in table and (type(bits) is not int or not 0 < bits < 32):

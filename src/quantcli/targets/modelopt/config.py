@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, read_table
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import of_draft
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
@@ -143,7 +143,7 @@ _NAMELESS_HEADS = frozenset(
 )  # fmt: skip
 
 
-def nameless_head(config: Table) -> bool:
+def nameless_head(config: Settings) -> bool:
     """Whether vLLM's class for a model builds its head without a name."""
     return any(name in _NAMELESS_HEADS for name in config.texts("architectures"))
 
@@ -215,7 +215,7 @@ class ModelOptConfig:
     findings: list[Finding] = field(default_factory=list)
 
 
-def settings_of(checkpoint: Checkpoint) -> tuple[Table, str] | None:
+def settings_of(checkpoint: Checkpoint) -> tuple[Settings, str] | None:
     """The object that vLLM reads of a checkpoint that means to be of this format, and its file.
 
     That of config.json; if there is none, the file of its own.
@@ -228,7 +228,7 @@ def settings_of(checkpoint: Checkpoint) -> tuple[Table, str] | None:
     return (block, CONFIG) if method is not None and method.lower() in _METHODS else None
 
 
-def _own_file(checkpoint: Checkpoint) -> Table | None:
+def _own_file(checkpoint: Checkpoint) -> Settings | None:
     if not (checkpoint.path / FILE).is_file():
         return None
     try:
@@ -268,7 +268,7 @@ def own_settings(checkpoint: Checkpoint) -> ModelOptConfig | None:
     return _read(inner, FILE, "exclude_modules", groups=found[0].value("config_groups"))
 
 
-def _read(table: Table, where: str, key: str, *, groups: object) -> ModelOptConfig:
+def _read(table: Settings, where: str, key: str, *, groups: object) -> ModelOptConfig:
     """One of both forms. key: of its list of float modules."""
     config = ModelOptConfig()
 
@@ -310,7 +310,7 @@ def _read(table: Table, where: str, key: str, *, groups: object) -> ModelOptConf
 Wrong: TypeAlias = Callable[[str], None]  # takes in a finding
 
 
-def _read_layers(layers: Table | None, config: ModelOptConfig, wrong: Wrong) -> bool:
+def _read_layers(layers: Settings | None, config: ModelOptConfig, wrong: Wrong) -> bool:
     """Take in `quantized_layers`; whether they can be read."""
     if not layers:
         wrong("has no `quantized_layers`, which MIXED_PRECISION needs")
@@ -337,7 +337,7 @@ def _weights_alone(groups: object) -> bool:
     return all(isinstance(g, dict) and g.get("input_activations") is None for g in groups.values())
 
 
-def _legacy(block: Table, inner: Table, algorithm: str | None, where: str) -> Iterator[Finding]:
+def _legacy(block: Settings, inner: Settings, algorithm: str | None, where: str) -> Iterator[Finding]:
     """Findings of a description in the form of the file of its own, which vLLM reads alone."""
     producer = block.object_of("producer")
     name = producer.value("name") if producer is not None else None

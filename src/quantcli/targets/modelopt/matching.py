@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import translate
 from functools import cache
 
-from quantcli.checkpoint.config.table import Table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import Draft
 from quantcli.targets.spellings import built_as, draft_name, spellings
 from quantcli.targets.vllm_family import EXPERT, is_head, last_part, looked_up_as, sibling_names
@@ -48,7 +48,7 @@ def also_built_as(module: str) -> list[str]:
     return names
 
 
-def falcon_names(module: str, config: Table) -> list[str]:
+def falcon_names(module: str, config: Settings) -> list[str]:
     """Names that the engine gives to modules of Falcon-H1: `model.12.mixer.in_proj` for the mixer of
     layer 2 of ten, and `model.layers.2.o_proj` for its attention. Source: vllm 0.32.0,
     model_executor/models/falcon_h1.py:135,264-271,340-354."""

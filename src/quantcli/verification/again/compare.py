@@ -117,7 +117,7 @@ class Recomputation:
             if not name.endswith(".json") or not path.is_file():
                 continue
             try:
-                change = _change(read_json_file(path), json.loads(content))
+                change = change_of(read_json_file(path), json.loads(content))
             except (InputError, RecursionError):
                 change = "cannot be read"
             if change:
@@ -349,7 +349,7 @@ def _unmeasured(item: Item) -> bool:
     return isinstance(item, CacheScale) and not item.ready
 
 
-def _change(stored: Any, planned: Any, place: str = "") -> str | None:
+def change_of(stored: Any, planned: Any, place: str = "") -> str | None:
     """The first value of a JSON document that is not the planned one, as text."""
     if isinstance(stored, dict) and isinstance(planned, dict):
         for key in sorted({*stored, *planned}):
@@ -358,12 +358,12 @@ def _change(stored: Any, planned: Any, place: str = "") -> str | None:
                 return f"`{inner:.120}` is {stored[key]!r:.60}; the recipe makes no such key"
             if key not in stored:
                 return f"`{inner:.120}` is missing; the recipe makes {planned[key]!r:.60}"
-            if change := _change(stored[key], planned[key], inner):
+            if change := change_of(stored[key], planned[key], inner):
                 return change
         return None
     if isinstance(stored, list) and isinstance(planned, list) and len(stored) == len(planned):
         pairs = enumerate(zip(stored, planned, strict=True))
-        return next((c for i, (a, b) in pairs if (c := _change(a, b, f"{place}[{i}]"))), None)
+        return next((c for i, (a, b) in pairs if (c := change_of(a, b, f"{place}[{i}]"))), None)
     if type(stored) is type(planned) and (stored == planned or stored != stored):
         return None
     return f"`{place:.120}` is {stored!r:.60}; the recipe makes {planned!r:.60}"

@@ -13,11 +13,11 @@ from pathlib import Path
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.files import MANIFEST, RECIPE_FILE, SOURCE_RECIPE
 from quantcli.checkpoint.header import StoredTensor
-from quantcli.checkpoint.manifest import tool_text
+from quantcli.checkpoint.manifest import has_recipe, tool_of, tool_text
 from quantcli.core.errors import InputError
 from quantcli.core.findings import failed, noted
 from quantcli.planning.measured import Measured
-from quantcli.planning.plan import Plan, Work, quantized_items, tool_of
+from quantcli.planning.plan import Plan, Work, quantized_items
 from quantcli.planning.planner import make_plan
 from quantcli.planning.repack import plan_repacking
 from quantcli.recipe.recipe import Recipe, load_recipe
@@ -146,8 +146,8 @@ def _recipe(structure: Structure, file: str) -> Recipe:
     """The manifest's recipe, read like any other from its file."""
     assert structure.manifest is not None
     assert structure.checkpoint is not None
-    path, text = structure.checkpoint.path / file, structure.manifest.get("recipe")
-    if not isinstance(text, str) or not path.is_file() or path.read_bytes() != text.encode():
+    path = structure.checkpoint.path / file
+    if not has_recipe(structure.manifest, path):
         raise _Unusable(f"the manifest's recipe is not that of {file}")
     try:
         recipe = load_recipe(path)

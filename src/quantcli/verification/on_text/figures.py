@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from quantcli.calibration.replay.served import decibels, token_log_probs
 from quantcli.calibration.text.dataset import Batch
 from quantcli.core.findings import Finding, failed
-from quantcli.verification.on_text.tokens import moved_tokens
+from quantcli.verification.on_text.tokens import Texts, moved_tokens
 from quantcli.verification.outcome import (
     Divergence,
     LayerReport,
@@ -96,8 +96,8 @@ class Predictions:
         """Mean over all predictions, in nats."""
         return float(torch.cat(self._kl).double().mean().clamp_min(0))
 
-    def report(self, layers: list[LayerReport], text: Callable[[Sequence[int]], str]) -> RunReport:
-        """All figures, rounded. text: of token ids."""
+    def report(self, layers: list[LayerReport], texts: Texts) -> RunReport:
+        """All figures, rounded. texts: of several sequences of token ids."""
         pairs = list(zip(self._expected, self._actual, strict=True))
         changes = [(actual - expected).abs() for expected, actual in pairs]
         losses = [expected - actual for expected, actual in pairs]
@@ -115,7 +115,7 @@ class Predictions:
             change_interval=interval(changes),
             windows=[Perplexity(*_rounded([expected], [actual])) for expected, actual in pairs],
             layers=layers,
-            moved_tokens=moved_tokens(self._windows, pairs, text),
+            moved_tokens=moved_tokens(self._windows, pairs, texts),
         )
 
 

@@ -20,7 +20,7 @@ from quantcli.calibration.text.dataset import (
     TextSource,
     load_dataset,
     model_limits,
-    text_of,
+    tokenizer_of,
 )
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
@@ -143,7 +143,8 @@ def verify_run(
     ratio = structure.limits.most("max_ppl_ratio", MAX_PPL_RATIO)
     kl = structure.limits.most("max_kl", MAX_KL)
     report.limits = report.limits.model_copy(update={"max_ppl_ratio": ratio, "max_kl": kl})
-    report.run = sums.report(layers, text_of(reference.checkpoint.path, trust_remote_code=trust))
+    tokenizer = tokenizer_of(reference.checkpoint.path, trust_remote_code=trust)
+    report.run = sums.report(layers, tokenizer.texts)
     report.add([*_layer_findings(layers), *_findings(sums, report, structure.limits)])
     report.count("perplexity", sums.tokens)
     report.count("kl", sums.tokens)

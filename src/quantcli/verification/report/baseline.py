@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from quantcli.checkpoint.header import parse_json
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import SCHEMA_VERSION, InputError
 from quantcli.core.text import size as size_text
+from quantcli.core.untrusted.tables import parse_json
 from quantcli.verification.report import words
 
 _FIX = "give what `quantcli verify --json` has printed: --baseline OLD.json"

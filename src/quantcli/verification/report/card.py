@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import statistics
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint.files import CARD, MANIFEST
+from quantcli.checkpoint.files import CARD, MANIFEST, SIGNATURE
 from quantcli.checkpoint.hub import HUB_ID
 from quantcli.checkpoint.manifest import encode_manifest, read_manifest, read_sealed
 from quantcli.core.disk import Hashes, disk_errors, sync_folder, write_file
@@ -31,6 +32,9 @@ def check_card(folder: Path) -> None:
     _recover(folder)
     with disk_errors(folder):
         missing = [name for name in (MANIFEST, CARD) if not (folder / name).is_file()]
+    if os.path.lexists(folder / SIGNATURE):
+        what = f"--card would change files that {SIGNATURE} signs"
+        raise InputError(what, where=str(folder), fix="write the card first, then sign the checkpoint")
     if missing:
         what = f"there is no {missing[0]}: --card writes into checkpoints of quantcli that have a card"
         raise InputError(what, where=str(folder), fix=_AGAIN)

@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from quantcli.core.errors import InputError
+from quantcli.core.untrusted.names import printable
+from quantcli.core.untrusted.tables import kind_of
 
 _FIX = "take the file of the model that was published, or correct the value"
 _MOST: Final = 2**63 - 1  # no size and no count is larger
-_KINDS = (  # of JSON values; true and false are also numbers for Python
-    (bool, "true or false"), (str, "text"), (int, "a number"), (float, "a number"), (list, "a list"),
-    (dict, "an object"), (type(None), "null"),
-)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Table:
+class Settings:
     """An object of a JSON file. A key whose value is null is absent.
 
     file:  the file's name, for messages. path: the whole path; empty if there is none.
@@ -47,7 +45,7 @@ class Table:
         return len(self._values)
 
     def __repr__(self) -> str:
-        return f"Table({reprlib.repr(self._values)}, {self.key_path('')!r})"
+        return f"Settings({reprlib.repr(self._values)}, {self.key_path('')!r})"
 
     def plain(self) -> dict[str, Any]:
         """A copy of the values, to be written, compared or changed."""
@@ -61,19 +59,19 @@ class Table:
         """A key with the keys that lead to it."""
         return ".".join(filter(None, (self.place, key)))
 
-    def with_values(self, **values: Any) -> Table:
+    def with_values(self, **values: Any) -> Settings:
         """The same object with some values more, or other ones."""
-        return Table({**self._values, **values}, self.file, self.path, self.place)
+        return Settings({**self._values, **values}, self.file, self.path, self.place)
 
     def wrong(self, key: str, expected: str) -> InputError:
         """The error for a value that should be something else, such as "text"."""
         value = self._values.get(key)
-        kind = next((name for of, name in _KINDS if isinstance(value, of)), "that")
+        kind = kind_of(value)
         if isinstance(value, list) and expected.startswith("a list"):
             kind = "one of other things"
-        shown = f": it is {reprlib.repr(value)}" if isinstance(value, (str, int, float)) else ""
+        shown = f": it is {reprlib.repr(value)}" if isinstance(value, str) else ""
         return InputError(
-            f"{self.file}: `{self.key_path(key):.200}` should be {expected}, not {kind}{shown}",
+            f"{self.file}: `{printable(self.key_path(key)):.200}` should be {expected}, not {kind}{shown}",
             where=self.path or self.file,
             fix=_FIX,
         )
@@ -136,36 +134,36 @@ class Table:
             raise self.wrong(key, "a list of texts")
         return tuple(value)
 
-    def table(self, key: str) -> Table | None:
+    def table(self, key: str) -> Settings | None:
         """An object."""
         value = self._values.get(key)
         if value is None:
             return None
         if not isinstance(value, dict):
             raise self.wrong(key, "an object")
-        return Table(value, self.file, self.path, self.key_path(key))
+        return Settings(value, self.file, self.path, self.key_path(key))
 
-    def object_of(self, key: str) -> Table | None:
+    def object_of(self, key: str) -> Settings | None:
         """The same, but None also for a value of another type, which is then a finding."""
         return self.table(key) if isinstance(self._values.get(key), dict) else None
 
-    def tables(self, key: str) -> dict[str, Table]:
+    def tables(self, key: str) -> dict[str, Settings]:
         """The objects in an object, by their keys; none if the key is absent."""
         outer = self.table(key)
         if outer is None:
             return {}
         return {name: inner for name in outer if (inner := outer.table(name)) is not None}
 
-    def listed(self, key: str) -> list[Table]:
+    def listed(self, key: str) -> list[Settings]:
         """The objects of a list, or one that stands alone; none if the key is absent."""
         value = self._values.get(key)
         given = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(each, dict) for each in given):
             raise self.wrong(key, "an object, or a list of them")
-        return [Table(each, self.file, self.path, self.key_path(key)) for each in given]
+        return [Settings(each, self.file, self.path, self.key_path(key)) for each in given]
 
-    def inner(self) -> Iterator[tuple[str, Table]]:
+    def inner(self) -> Iterator[tuple[str, Settings]]:
         """Each key whose value is an object, and the object."""
         for key, value in self._values.items():
             if isinstance(value, dict):
-                yield key, Table(value, self.file, self.path, self.key_path(key))
+                yield key, Settings(value, self.file, self.path, self.key_path(key))

@@ -1,0 +1,1 @@
+"""Commands by which others can trust a checkpoint, as functions."""
