@@ -23,13 +23,13 @@ def maker_of(manifest: Mapping[str, Any] | None, config: Settings) -> Maker | No
     if manifest is not None:
         recipe = manifest.get("recipe")
         return Maker(tool_text(manifest.get("tool")), recipe if isinstance(recipe, str) else None)
-    block = config.table("quantization_config")
+    block = config.object_of("quantization_config")
     if block is None:
         return None
     producer = block.object_of("producer") or Settings({})
-    name = producer.text("name") or block.text("quant_method")
+    name = producer.value("name") or block.value("quant_method")
     version = (producer if "version" in producer else block).value("version")
-    if name is None:
+    if not isinstance(name, str):
         return None
     return Maker(f"{name:.40} {version:.40}" if isinstance(version, str) else f"{name:.40}", None)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, scan_checkpoint
+from quantcli.checkpoint.config.settings import WrongType
 from quantcli.checkpoint.config.sizes import Contradiction
 from quantcli.checkpoint.detect import draft_of, quantization
 from quantcli.checkpoint.files import (
@@ -140,10 +141,19 @@ def _must_be_installed(structure: Structure) -> None:
 
 
 def _check(structure: Structure, tp: Sequence[int]) -> None:
-    """Check a checkpoint that could be structure. InputError if its format is not known."""
+    """Check a checkpoint that could be opened. InputError if its format is not known."""
     report, checkpoint = structure.report, structure.checkpoint
     if checkpoint is None:
         return
+    try:
+        _check_opened(structure, checkpoint, tp)
+    except WrongType as error:
+        if not any(finding.what == error.what for finding in report.errors):
+            report.add([of_error("config", error)])
+
+
+def _check_opened(structure: Structure, checkpoint: Checkpoint, tp: Sequence[int]) -> None:
+    report = structure.report
     target = target_of(checkpoint)
     if target is None:
         _must_be_installed(structure)

@@ -201,11 +201,11 @@ def test_words_of_config_json_are_shown_only_where_they_are_words(
         ({"model_type": 5}, "model_type` should be text, not the number 5"),
         (
             {"architectures": "Lone"},
-            "`architectures` should be a list of texts, not text: it is 'Lone'",
+            "architectures` should be a list of texts, not text: it is 'Lone'",
         ),
         (
             {"architectures": [None]},
-            "`architectures` should be a list of texts, not one of other things",
+            "architectures` should be a list of texts, not one of other things",
         ),
         ({"text_config": "\x1b[2J"}, "text_config` should be an object, not text: it is '\\x1b[2J'"),
     ],

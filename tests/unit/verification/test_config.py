@@ -115,7 +115,7 @@ def test_dtypes_and_quantization_that_no_conversion_sets(ours, reference, what):
 
 @pytest.mark.parametrize("value", [7, [], {}, ["bfloat16"], {"text": "bfloat16"}])
 def test_a_dtype_that_is_not_text(value):
-    with pytest.raises(InputError, match=r"config\.json: `dtype` should be text, not a"):
+    with pytest.raises(InputError, match=r"config\.json: `dtype` should be text, not "):
         list(check_dtypes(stored({"dtype": value}), {"serving_dtype": ["BF16"]}))
 
 

@@ -20,6 +20,10 @@ _FIX = "take the file of the model that was published, or correct the value"
 _MOST: Final = 2**63 - 1  # no size and no count is larger
 
 
+class WrongType(InputError):
+    """A value of another type than it should have."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Settings:
     """An object of a JSON file. A key whose value is null is absent.
@@ -63,15 +67,16 @@ class Settings:
         """The same object with some values more, or other ones."""
         return Settings({**self._values, **values}, self.file, self.path, self.place)
 
-    def wrong(self, key: str, expected: str) -> InputError:
+    def wrong(self, key: str, expected: str) -> WrongType:
         """The error for a value that should be something else, such as "text"."""
         value = self._values.get(key)
         kind = kind_of(value)
         if isinstance(value, list) and expected.startswith("a list"):
             kind = "one of other things"
         shown = f": it is {reprlib.repr(value)}" if isinstance(value, str) else ""
-        return InputError(
-            f"{self.file}: `{printable(self.key_path(key)):.200}` should be {expected}, not {kind}{shown}",
+        place = f"{self.file}: `{printable(self.key_path(key)):.200}`"
+        return WrongType(
+            f"{place} should be {expected}, not {kind}{shown}",
             where=self.path or self.file,
             fix=_FIX,
         )
