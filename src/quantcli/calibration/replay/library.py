@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -58,8 +58,9 @@ def build_model(
 
     must_run_alone(checkpoint)
     where = str(checkpoint.path / CONFIG)
+    online = nullcontext() if trust_remote_code else _offline()
     try:
-        with quiet(), _config_folder(checkpoint) as folder, _parameters_on_meta(), torch.no_grad():
+        with quiet(), online, _config_folder(checkpoint) as folder, _on_meta():
             part = part_of(checkpoint)
             if part is None:
                 config = _config(checkpoint, folder, trust_remote_code=trust_remote_code)
@@ -68,6 +69,7 @@ def build_model(
                 named, key, _ = part
                 config_class = getattr(transformers, named).config_class
                 config = config_class.from_dict(checkpoint.config.plain().get(key) or {})
+            _choose_implementations(config)
             if next_token:
                 add_layer(config)
             native = getattr(transformers, str(named), None)
@@ -89,6 +91,32 @@ def build_model(
         if type(module).__name__ in _AS_LINEAR and isinstance(module, nn.Linear):
             module.forward = partial(nn.Linear.forward, module)  # type: ignore[method-assign]
     return built
+
+
+def _choose_implementations(config: Any) -> None:
+    """Have the library choose how attention and experts are computed, in all parts of a config.
+
+    A name such as `someone/kernel` in config.json would make it fetch compiled code from the Hub and
+    run it. Sources: transformers 5.23.0, configuration_utils.py:485-640, modeling_utils.py:1755-1830,
+    integrations/hub_kernels.py:811-816, integrations/msa_attention.py:33-50.
+    """
+    config._attn_implementation = None
+    config._experts_implementation = None
+    for value in vars(config).values():  # also parts that the library does not list as such
+        if hasattr(value, "sub_configs"):
+            _choose_implementations(value)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """The library fetches nothing meanwhile: no kernel, no code, no backbone that a config names."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _config(checkpoint: Checkpoint, folder: Path, *, trust_remote_code: bool) -> Any:
@@ -167,8 +195,9 @@ def _explain(
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are built meanwhile store no parameters; buffers are computed as usual."""
+def _on_meta() -> Iterator[None]:
+    """Modules that are built meanwhile store no parameters; buffers are computed as usual, without
+    gradients."""
     from transformers.initialization import no_init_weights
 
     register = nn.Module.register_parameter
@@ -180,7 +209,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
-        with no_init_weights():
+        with no_init_weights(), torch.no_grad():
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
