@@ -9,7 +9,7 @@ PARALLEL := --numprocesses=3 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wheel test-ray test-isa test-engine zoo fuzz check lint types docs pictures format house bench bench-peers bench-arm64 clean
+.PHONY: help setup demo test test-wheel test-ray test-isa test-engine zoo fuzz coverage check lint types docs pictures format house bench bench-peers bench-arm64 clean
 
 help:           ## show this list
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -80,6 +80,19 @@ fuzz: $(READY)  ## odd input for every reader of strangers' files, MINUTES=10 in
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3' \
 		|| echo "atheris does not install here: inputs are changed at random"
 	@$(BIN)/python -m tests.fuzz.run --minutes $(MINUTES)
+	@$(BIN)/python -m tests.fuzz.checkpoints
+
+# What reads a stranger's folder, and what packs: each branch has a test.
+COVERED := checkpoint/header.py,checkpoint/checkpoint.py,checkpoint/manifest.py,convert/merge.py,planning/recode.py,planning/repack.py,commands/pack.py
+COVERING := $(addprefix tests/unit/checkpoint/test_,header.py checkpoint.py folder.py manifest.py remote.py) \
+	$(addprefix tests/unit/planning/test_,recode.py repack.py) tests/unit/commands/test_pack.py \
+	tests/e2e/test_pack.py tests/e2e/test_parts.py
+
+coverage: $(READY) ## branches of the code that reads folders and packs: all of them are tested
+	@$(BIN)/python -m coverage erase
+	@$(BIN)/python -m coverage run --branch -m pytest $(COVERING)
+	@$(BIN)/python -m coverage report --show-missing --fail-under=100 \
+		--include="$$(echo $(COVERED) | sed 's|^|src/quantcli/|; s|,|,src/quantcli/|g')"
 
 check: lint types
 

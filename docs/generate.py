@@ -15,6 +15,7 @@ from pathlib import Path
 
 from quantcli.commands import results
 from quantcli.commands.release import outcome as release
+from quantcli.commands.trust import bom
 from quantcli.commands.trust import sign as signing
 from quantcli.recipe.json_schema import recipe_schema
 from quantcli.recipe.methods import recipe_methods
@@ -32,6 +33,7 @@ COMMANDS = [
     "verify",
     "reproduce",
     "sign",
+    "bom",
     "recipes",
 ]  # in the order of the README
 
@@ -56,6 +58,7 @@ DOCUMENTS: dict[str, type[results.Result] | dict[str, tuple[str, str]]] = {
     "verify of several": results.Comparison,
     "reproduce": results.Reproduction,
     "sign": signing.Signature,
+    "bom": bom.Bom,
     "recipes": {"recipes": ("list", "`name`, `purpose`, `target`, `calibration` of each")},
     "recipes show": {"name": ("str", "of the recipe"), "text": ("str", "of its file")},
     "--version": {"version": ("str", "of quantcli")},

@@ -11,10 +11,10 @@ The Python API; docs/python.md shows it. Each name is imported when it is first 
 - pack: write a quantized checkpoint in another format
 - verify: check a quantized checkpoint
 - reproduce: make one again by its recipe, and compare every byte
-- sign: sign all files of a checkpoint
+- sign, bom: sign all files of a checkpoint; its bill of materials
 - inspect, support: the contents of a checkpoint; the pairs of scheme and target that go together
 - Planned, Converted, Calibrated, Repacked, Merged, Packed, Verification, Comparison, Inspection,
-  Outliers, Support, Recommendation, Released, Reproduction, Signature: the results
+  Outliers, Support, Recommendation, Released, Reproduction, Signature, Bom: the results
 - Event: what `on_progress` is called with
 - QuantError and its kinds AnswerNo, InputError, MachineError: the errors
 """
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         Verification,
     )
     from quantcli.commands.steps import Job
+    from quantcli.commands.trust.bom import Bom, bom
     from quantcli.commands.trust.reproduce import reproduce
     from quantcli.commands.trust.sign import Signature, sign
     from quantcli.core.errors import AnswerNo, InputError, MachineError, QuantError
@@ -63,6 +64,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Job": "commands.steps",
+    "Bom": "commands.trust.bom",
+    "bom": "commands.trust.bom",
     "calibrate": "commands.api",
     "inspect": "commands.api",
     "pack": "commands.api",
@@ -98,6 +101,7 @@ _HOME = {
 }
 __all__ = [
     "AnswerNo",
+    "Bom",
     "Calibrated",
     "Comparison",
     "Converted",
@@ -119,6 +123,7 @@ __all__ = [
     "Support",
     "Verification",
     "__version__",
+    "bom",
     "calibrate",
     "inspect",
     "pack",

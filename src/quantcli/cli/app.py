@@ -16,6 +16,7 @@ from quantcli.cli.recipes import recipes
 from quantcli.cli.recommend import recommend
 from quantcli.cli.release import release
 from quantcli.cli.terminal.environment import HELP
+from quantcli.cli.trust.bom import bom
 from quantcli.cli.trust.reproduce import reproduce
 from quantcli.cli.trust.sign import sign
 from quantcli.cli.verify import verify
@@ -70,6 +71,6 @@ def _root(
 
 
 for _command in (
-    recommend, inspect, calibrate, quantize, release, pack, verify, reproduce, sign, recipes,
+    recommend, inspect, calibrate, quantize, release, pack, verify, reproduce, sign, bom, recipes,
 ):  # fmt: skip
     app.command()(_command)

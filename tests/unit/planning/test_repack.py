@@ -167,7 +167,7 @@ def test_what_lies_next_to_codes(tmp_path: Path) -> None:
     floats = {bias: tensor("F32", 32), "lm_head.weight": tensor("F16", 16, 32)}
     floats["model.norm.weight"] = tensor("F16", 32)
     description = ascend("W8A8", tensors, **dict.fromkeys(floats, "FLOAT"))
-    manifest = {"recipe": "target: ascend\nrules: []\n", "files": {}}
+    manifest = {"manifest_version": 1, "recipe": "target: ascend\nrules: []\n", "files": {}}
     (tmp_path / MANIFEST).write_bytes(encode_manifest(manifest))
     plan = repacked(tmp_path, CT, tensors | floats, {"torch_dtype": "float16"}, description)
     specs = {spec.name: spec for shard in plan.shards for spec in shard.tensors}

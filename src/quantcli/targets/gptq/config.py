@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,9 +13,10 @@ from quantcli.checkpoint.detect import LAYER, Draft, of_draft
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics
+from quantcli.core.untrusted.patterns import Budget, Expression
 from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.gptq.kinds import VERSIONS, WHOLE_ROWS, Kind
-from quantcli.targets.names import expression_fault, expressions
+from quantcli.targets.names import expression_faults, expressions
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import draft_expressions, draft_name, spellings
 from quantcli.targets.vllm_family import EXPERT, float_linears, is_head, looked_up_as
@@ -146,7 +146,7 @@ def differences(checkpoint: Checkpoint) -> Iterator[Finding]:
 class _Rule:
     """An entry of `dynamic`. kind: of the modules that it matches; None if they are float."""
 
-    expression: re.Pattern[str]
+    expression: Expression
     kind: Kind | None
 
 
@@ -201,11 +201,17 @@ def read_config(block: Settings) -> GptqConfig:
     named = block.value("modules_in_block_to_quantize")
     if named:
         config.named = tuple(_flat(named))
+    budget = Budget()
     for pattern, changes in block.tables("dynamic").items():
-        expression = re.compile(pattern.removeprefix("-:").removeprefix("+:"))
+        where = f"{CONFIG}: quantization_config.dynamic"
+        expression = Expression(_without_sign(pattern), where, pattern=pattern, budget=budget)
         kind = None if pattern.startswith("-:") else _changed(usual, changes)
         config.rules.append(_Rule(expression, kind))
     return config
+
+
+def _without_sign(pattern: str) -> str:
+    return pattern.removeprefix("-:").removeprefix("+:")
 
 
 def _changed(usual: Kind, changes: Settings) -> Kind:
@@ -245,11 +251,10 @@ def _faults(block: Settings) -> Iterator[Finding]:
     rules = block.object_of("dynamic") or Settings({})
     if not isinstance(given := block.value("dynamic"), dict | None):
         yield _wrong(f"`dynamic` is {given!r:.60}, not an object")
+    for fault in expression_faults(map(_without_sign, rules)):
+        yield _wrong(f"`dynamic`: {fault}")
     for pattern in rules:
         changes = rules.object_of(pattern)
-        expression = pattern.removeprefix("-:").removeprefix("+:")
-        if fault := expression_fault(expression):
-            yield _wrong(f"`dynamic`: {fault}")
         if changes is None:
             shown = f"{rules.value(pattern)!r:.40}"
             yield _wrong(f"`dynamic` has {shown} for {pattern!r:.60}, not an object")
