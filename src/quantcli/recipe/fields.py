@@ -78,7 +78,7 @@ def _compiled(patterns: tuple[str, ...], where: str | None) -> tuple[Any, ...]:
     stars = [pattern for pattern in patterns if not pattern.startswith(REGEX)]
     others = [pattern for pattern in patterns if pattern.startswith(REGEX)]
     budget = Budget()
-    together = [globs(stars)] if stars else []
+    together = [globs(stars, where)] if stars else []
     return (*together, *(expression(pattern, where, budget) for pattern in others))
 
 

@@ -9,7 +9,6 @@ model_executor/layers/quantization/quark/quark.py:420-830 and quark/schemes/.
 
 from __future__ import annotations
 
-import fnmatch
 import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from torch import Tensor
 from quantcli.checkpoint.columns import Columns, strip_bytes
 from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.encoded import Encoded
+from quantcli.core.untrusted.patterns import glob_matches
 from quantcli.sources import awq
 from quantcli.sources.base import Source, SourceFormat, Tensors, encoded, needed, wrong
 from quantcli.sources.blocks import Blocks, grouped, one_number, tiles_of
@@ -65,7 +65,7 @@ class _Settings:
         """By name, by class, or that of all modules. Source: vllm, quark.py:640-720."""
         settings = self.source.settings
         for pattern, entry in settings.tables("layer_quant_config").items():
-            if fnmatch.fnmatch(module, pattern) if "*" in pattern else module == pattern:
+            if glob_matches(pattern, module) if "*" in pattern else module == pattern:
                 return entry
         by_class = settings.table("layer_type_quant_config")
         linear = by_class.table("Linear") if by_class is not None else None

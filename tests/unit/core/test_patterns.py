@@ -13,9 +13,13 @@ from hypothesis import strategies as st
 import quantcli
 from quantcli.core.errors import InputError
 from quantcli.core.untrusted import patterns
-from quantcli.core.untrusted.patterns import Budget, Expression, globs, own
+from quantcli.core.untrusted.patterns import Budget, Expression, glob_matches, globs, own
 from quantcli.recipe.fields import REGEX
+from quantcli.recipe.recipe import load_recipe
 from quantcli.recipe.shipped import shipped_recipes
+from quantcli.targets.compressed_tensors.config import read_groups
+from quantcli.targets.compressed_tensors.matching import GroupMatcher
+from quantcli.targets.gptq.config import read_config
 
 SOURCE = Path(quantcli.__file__).parent
 NAME = "model.layers.0.self_attn.q_proj"
@@ -197,6 +201,11 @@ def test_globs_end_by_themselves():
     assert many.fullmatch("a" * 300) is None
     assert many.fullmatch("x." * 100 + "y")
     assert many.groups == 0
+    assert glob_matches("a.[12].*", "a.1.b")
+    assert not glob_matches("A*", "a")
+    with pytest.raises(InputError, match=r"`\*a\*a.* is too long to match names with") as caught:
+        globs(["*a" * 2001], "r.yaml:3")
+    assert caught.value.where == "r.yaml:3"
 
 
 def test_expressions_of_the_program_are_those_of_re():
@@ -229,16 +238,15 @@ def compiled_in(path):
 
 
 def test_one_module_compiles_what_others_wrote():
-    """By syntax: `re`, `regex` and `fnmatch.translate` get no text from elsewhere."""
-    found, engines = {}, {}
+    """By syntax: `re`, `regex` and `fnmatch` get no text from elsewhere."""
+    found, engines = {}, []
     for path in SOURCE.rglob("*.py"):
         name, text = path.relative_to(SOURCE).as_posix(), path.read_text()
-        if "import regex" in text or "translate" in re.findall(r"from fnmatch import (.*)", text):
-            engines[name] = True
+        if re.search(r"import (regex|fnmatch)|from (regex|fnmatch|re) import", text):
+            engines.append(name)
         if re.search(r"\bre\.|\bfrom re\b", text) and (lines := [*compiled_in(path)]):
             found[name] = lines
-        assert "from re import" not in text, name
-    assert engines.keys() == {"core/untrusted/patterns.py"}
+    assert engines == ["core/untrusted/patterns.py"]
     assert found.keys() == {"core/untrusted/patterns.py"}, found
 
 
@@ -250,3 +258,44 @@ def test_the_search_for_compiled_texts_finds_them(tmp_path):
         "    re.match(f'{A}{t}', t)\n    re.sub(A if t else t, '', t)\n    re.compile(pattern=t)\n"
     )
     assert [*compiled_in(path)] == [8, 9, 10, 11]
+
+
+def in_ignore():
+    groups = read_groups(
+        {"format": "int-quantized", "config_groups": {}, "ignore": ["a", f"re:{BOMB}"]}
+    )
+    GroupMatcher(groups, {NAME}).ignored(NAME)
+
+
+def in_dynamic():
+    block = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "dynamic": {f"-:{BOMB}": {}}}
+    read_config(block).kind_for_engine(NAME)
+
+
+def in_rule():
+    rules = [{"match": "lm_head", "scheme": "keep"}, {"match": [f"re:{BOMB}"], "scheme": "keep"}]
+    load_recipe({"target": "ascend", "rules": rules}).rule_of(NAME)
+
+
+def in_siblings():
+    rules = [{"match": "*", "scheme": "keep"}]
+    recipe = load_recipe({"target": "ascend", "rules": rules, "siblings": [f"({BOMB})"]})
+    recipe.siblings[0].key(NAME)
+
+
+@pytest.mark.parametrize(
+    ("matching", "where"),
+    [
+        (in_ignore, "config.json: quantization_config.ignore[1]"),
+        (in_dynamic, "config.json: quantization_config.dynamic"),
+        (in_rule, "the recipe, `rules.1`"),
+        (in_siblings, "the recipe, `siblings.0`"),
+    ],
+)
+def test_bombs_of_configs_and_recipes_are_stopped_with_their_place(matching, where, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.01)
+    with pytest.raises(InputError, match="takes too long to match") as caught:
+        matching()
+    assert caught.value.where == where
+    assert BOMB in caught.value.what
+    assert NAME.partition(".self_attn")[0] in caught.value.what

@@ -22,6 +22,7 @@ from quantcli.calibration.text.tokenizer import quiet
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.detect import must_run_alone
 from quantcli.core.errors import InputError
+from quantcli.core.memory.shortage import machine_fault
 
 # Models of several, of which one takes text: its class, its part of the config, and the beginning of
 # the names of its tensors. Source: transformers 5.23, models/qwen2_5_omni and qwen3_omni_moe.
@@ -85,6 +86,8 @@ def build_model(
                 attach(model.get_decoder().layers[-1], dtype)
             _keep_in_float32(model, dtype)
     except Exception as error:
+        if fault := machine_fault(error, "building the model", checkpoint.path):
+            raise fault from None
         raise _explain(error, checkpoint, where, trust_remote_code=trust_remote_code) from None
     built: nn.Module = model.eval()
     for module in built.modules():

@@ -9,7 +9,6 @@ import math
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -27,7 +26,9 @@ from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.calibration.text.tokenizer import FETCH, Choice, Tokenizer, start_process
 from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.remote.mounts import complete
-from quantcli.core.errors import InputError, MachineError
+from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.untrusted.patterns import glob_matches
+from quantcli.core.untrusted.tables import read_table
 
 _VOCABULARY = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _TOKENIZER_FILES = (*_VOCABULARY, "tokeniz*", "vocab*", "merges*", "special_tokens_map.json",
@@ -197,11 +198,11 @@ def _find(model: Path, patterns: tuple[str, ...]) -> list[Path]:
     except OSError as error:
         what, fix = f"cannot read: {error.strerror}", "check the folder and its permissions"
         raise MachineError(what, where=str(model), fix=fix) from None
-    return [path for path in files if any(fnmatchcase(path.name, p) for p in patterns)]
+    return [path for path in files if any(glob_matches(p, path.name) for p in patterns)]
 
 
 def _is_of_tokenizer(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZER_FILES)
+    return any(glob_matches(pattern, name) for pattern in _TOKENIZER_FILES)
 
 
 def _digest(path: Path) -> str:
@@ -216,7 +217,7 @@ def _digest(path: Path) -> str:
 def _names_tokenizer(config: Path) -> bool:
     """Whether the file names a class that may need no vocabulary, or has files of its own."""
     try:
-        table = json.loads(config.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        table = read_table(config)
+    except QuantError:
         return False
-    return isinstance(table, dict) and not table.keys().isdisjoint(("tokenizer_class", "auto_map"))
+    return "tokenizer_class" in table or "auto_map" in table

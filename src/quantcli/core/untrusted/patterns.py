@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import translate
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from quantcli.core.errors import InputError
@@ -162,9 +162,27 @@ class Expression:
         return InputError(what, where=self._where, fix=SIMPLER)
 
 
-def globs(patterns: Iterable[str]) -> re.Pattern[str]:
-    """One expression, for whole names that match any of some globs. It has no groups."""
-    return re.compile("|".join(f"(?:{translate(pattern)})" for pattern in patterns))
+def globs(patterns: Iterable[str], where: str | None = None) -> re.Pattern[str]:
+    """One expression, for whole names that match any of some globs. It has no groups.
+
+    where: their place. InputError for a glob of more characters than any name needs.
+    """
+    given = [*patterns]
+    for pattern in given:
+        if len(pattern) > _LONGEST:
+            what = f"`{printable(pattern):.80}...` is too long to match names with"
+            raise InputError(what, where=where, fix="write a shorter glob, such as *_proj")
+    return re.compile("|".join(f"(?:{translate(pattern)})" for pattern in given))
+
+
+@lru_cache(4096)
+def _glob(pattern: str) -> re.Pattern[str]:
+    return globs([pattern])
+
+
+def glob_matches(pattern: str, name: str) -> bool:
+    """Whether a glob matches a whole name. InputError as `globs`."""
+    return _glob(pattern).fullmatch(name) is not None
 
 
 def own(expression: str) -> re.Pattern[str]:
