@@ -1,7 +1,7 @@
 """Each value of config.json and of quantization configs, replaced by values of other types.
 
-Only errors that say what is wrong come of it. CI takes a fixed sample; `python -m tests.fuzz.test_types`
-takes all.
+Only errors that say what is wrong come of it. CI takes a fixed sample, and the command
+`python -m tests.fuzz.test_types` all of them.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""config.json and quantization configs of strangers, read by type. Imports no torch."""
+"""config.json and quantization configs, untrusted, read by type. Imports no torch."""

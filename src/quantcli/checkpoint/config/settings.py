@@ -1,4 +1,4 @@
-"""An object of a stranger's JSON file, whose values are read by type.
+"""An object of an untrusted JSON file, whose values are read by type.
 
 Nobody else looks into such an object: a value of another type than a reader expects is an InputError
 that names the file and the key. Values that nobody reads may be anything.
@@ -73,10 +73,10 @@ class Settings:
         kind = kind_of(value)
         if isinstance(value, list) and expected.startswith("a list"):
             kind = "one of other things"
-        shown = f": it is {reprlib.repr(value)}" if isinstance(value, str) else ""
+        content = f": it is {reprlib.repr(value)}" if isinstance(value, str) else ""
         place = f"{self.file}: `{printable(self.key_path(key)):.200}`"
         return WrongType(
-            f"{place} should be {expected}, not {kind}{shown}",
+            f"{place} should be {expected}, not {kind}{content}",
             where=self.path or self.file,
             fix=_FIX,
         )

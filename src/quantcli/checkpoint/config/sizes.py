@@ -108,8 +108,8 @@ def layer_faults(config: Settings, names: Iterable[str]) -> Iterator[str]:
     own = {name: n for name, n in lists.items() if not _TOWER.search(name)} or lists
     if own and not allowed & {*lists.values()}:
         longest = max(own, key=lambda name: own[name])
-        said = " or ".join(map(str, sorted(counts)))
-        yield f"it says {said} layers; `{longest}` has {own[longest]}"
+        number = " or ".join(map(str, sorted(counts)))
+        yield f"it says {number} layers; `{longest}` has {own[longest]}"
 
 
 # -- sides of weights ----------------------------------------------------------------------------

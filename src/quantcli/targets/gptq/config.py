@@ -256,8 +256,8 @@ def _faults(block: Settings) -> Iterator[Finding]:
     for pattern in rules:
         changes = rules.object_of(pattern)
         if changes is None:
-            shown = f"{rules.value(pattern)!r:.40}"
-            yield _wrong(f"`dynamic` has {shown} for {pattern!r:.60}, not an object")
+            value = f"{rules.value(pattern)!r:.40}"
+            yield _wrong(f"`dynamic` has {value} for {pattern!r:.60}, not an object")
         elif not pattern.startswith("-:"):
             yield from _wrong_numbers(f"`dynamic`, {pattern!r:.60}: ", changes)
             if (bits := changes.value("bits")) not in (None, 4, 8):

@@ -319,8 +319,8 @@ def _read_layers(layers: Settings | None, config: ModelOptConfig, wrong: Wrong) 
         entry = layers.object_of(name)
         algorithm = entry.value("quant_algo") if entry is not None else None
         if entry is None or not isinstance(algorithm, str):
-            shown = f"{layers.value(name)!r:.40}"
-            wrong(f"`quantized_layers` has {shown} for {name!r:.60}, without a quant_algo")
+            value = f"{layers.value(name)!r:.40}"
+            wrong(f"`quantized_layers` has {value} for {name!r:.60}, without a quant_algo")
             return False
         config.layers[name] = algorithm.upper()
         kind, size = KINDS.get(algorithm.upper()), entry.value("group_size")
