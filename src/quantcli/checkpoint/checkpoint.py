@@ -77,6 +77,7 @@ class Checkpoint:
     stamps: dict[str, tuple[int, int]] = field(default_factory=dict)  # file -> bytes, mtime in ns
     hub_id: str | None = None
     in_memory: bool = False  # whether its weights are those of a model in memory
+    weight_hashes: dict[str, dict[str, Any]] | None = None  # of weight files: see `planning.files`
 
     @property
     def on_disk(self) -> dict[str, StoredTensor]:
