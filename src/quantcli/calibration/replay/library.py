@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,7 +39,7 @@ _PARTS = {
 def part_of(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
     """The part of a model that takes text: its class, its key in config.json, and the beginning of the
     names of its tensors. None if that is the whole model."""
-    return _PARTS.get(str((checkpoint.config.get("architectures") or [""])[0]))
+    return _PARTS.get(next(iter(checkpoint.config.texts("architectures")), ""))
 
 
 # Linears that multiply by the transposed weight themselves, which taps do not see.
@@ -59,8 +59,9 @@ def build_model(
 
     must_run_alone(checkpoint)
     where = str(checkpoint.path / CONFIG)
+    online = nullcontext() if trust_remote_code else _offline()
     try:
-        with quiet(), _config_folder(checkpoint) as folder, _parameters_on_meta(), torch.no_grad():
+        with quiet(), online, _config_folder(checkpoint) as folder, _on_meta():
             part = part_of(checkpoint)
             if part is None:
                 config = _config(checkpoint, folder, trust_remote_code=trust_remote_code)
@@ -68,7 +69,8 @@ def build_model(
             else:  # the class of a whole may not be built, and puts out speech
                 named, key, _ = part
                 config_class = getattr(transformers, named).config_class
-                config = config_class.from_dict(checkpoint.config.get(key) or {})
+                config = config_class.from_dict(checkpoint.config.plain().get(key) or {})
+            _choose_implementations(config)
             if next_token:
                 add_layer(config)
             native = getattr(transformers, str(named), None)
@@ -94,6 +96,32 @@ def build_model(
     return built
 
 
+def _choose_implementations(config: Any) -> None:
+    """Have the library choose how attention and experts are computed, in all parts of a config.
+
+    A name such as `someone/kernel` in config.json would make it fetch compiled code from the Hub and
+    run it. Sources: transformers 5.23.0, configuration_utils.py:485-640, modeling_utils.py:1755-1830,
+    integrations/hub_kernels.py:811-816, integrations/msa_attention.py:33-50.
+    """
+    config._attn_implementation = None
+    config._experts_implementation = None
+    for value in vars(config).values():  # also parts that the library does not list as such
+        if hasattr(value, "sub_configs"):
+            _choose_implementations(value)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """The library fetches nothing meanwhile: no kernel, no code, no backbone that a config names."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _config(checkpoint: Checkpoint, folder: Path, *, trust_remote_code: bool) -> Any:
     """The config of a model: of the library's class for its type, or else for its architecture.
 
@@ -103,11 +131,11 @@ def _config(checkpoint: Checkpoint, folder: Path, *, trust_remote_code: bool) ->
     import transformers
 
     table = checkpoint.config
-    if table.get("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
-        native = getattr(transformers, str((table.get("architectures") or [""])[0]), None)
+    if table.text("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
+        native = getattr(transformers, next(iter(table.texts("architectures")), ""), None)
         config_class = getattr(native, "config_class", None)
         if config_class is not None:
-            changed = {**table, "model_type": config_class.model_type}
+            changed = {**table.plain(), "model_type": config_class.model_type}
             return config_class.from_dict({key: v for key, v in changed.items() if key != "auto_map"})
     return transformers.AutoConfig.from_pretrained(
         str(folder), trust_remote_code=trust_remote_code, local_files_only=True
@@ -120,7 +148,7 @@ def _config_folder(checkpoint: Checkpoint) -> Iterator[Path]:
     the model is elsewhere, and was opened on another machine."""
     if not checkpoint.path.is_dir():
         with TemporaryDirectory() as name:
-            (Path(name) / CONFIG).write_text(json.dumps(checkpoint.config))
+            (Path(name) / CONFIG).write_text(json.dumps(checkpoint.config.plain()))
             yield Path(name)
         return
     plain = checkpoint.plain_config()
@@ -153,7 +181,7 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 def _explain(
     error: Exception, checkpoint: Checkpoint, where: str, *, trust_remote_code: bool
 ) -> InputError:
-    own_code = bool(checkpoint.config.get("auto_map"))
+    own_code = bool(checkpoint.config.value("auto_map"))
     if own_code and not trust_remote_code:
         return InputError(
             "the model comes with code of its own, without which it cannot be run",
@@ -168,8 +196,9 @@ def _explain(
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules that are built meanwhile store no parameters; buffers are computed as usual."""
+def _on_meta() -> Iterator[None]:
+    """Modules that are built meanwhile store no parameters; buffers are computed as usual, without
+    gradients."""
     from transformers.initialization import no_init_weights
 
     register = nn.Module.register_parameter
@@ -181,7 +210,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
     nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
-        with no_init_weights():
+        with no_init_weights(), torch.no_grad():
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
