@@ -56,7 +56,7 @@ NEO = {
         ({"num_hidden_layers": 60_000, "layer_types": None}, "more than 1,"),
         ({"vocab_size": 2 * 10**9}, "a parameter of 2000000000 x "),
         (NEO | {"max_position_embeddings": 10**6}, "a buffer of 1.0 TB"),
-        (NEO | {"max_position_embeddings": 1000}, "buffers of more than 3.0 MB"),
+        (NEO | {"max_position_embeddings": 1000}, "buffers of more than 3."),
     ],
     ids=["layers", "vocabulary", "mask", "masks"],
 )

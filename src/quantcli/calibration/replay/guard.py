@@ -38,7 +38,7 @@ _VALUES_PER_VALUE, _VALUES = 8, 2**30
 _BUFFER_BYTES, _ALL_BUFFERS_BYTES = 2**29, 2**30  # on top of the checkpoint's own
 _SMALL = 2**16  # numbers of loops that take less than a second
 # What numbers count that are larger than that in real models, and for which no code has a loop.
-_NO_COUNT = re.compile(r"token|_id$|_index$|position|seq|max_|window|length|chunk|freq")
+_NO_COUNT = re.compile(r"vocab|token|_id$|_index$|position|floor|seq|max_|window|length|chunk|freq")
 _MOST_POSITIONS = 2**27
 _FIX = "check config.json, or fetch it again: it does not belong to these weights"
 
@@ -65,6 +65,11 @@ class Bounds:
     def elements(self) -> int:
         """Elements of a parameter."""
         return _VALUES + _VALUES_PER_VALUE * self.values
+
+    @property
+    def memory(self) -> int:
+        """Bytes of buffers, on top of a fixed amount; some parameters are made of zeros, as buffers."""
+        return self.nbytes + 4 * self.values
 
 
 def bounds_of(checkpoint: Checkpoint) -> Bounds:
@@ -152,7 +157,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if threading.get_ident() != self._thread or buffer is None or buffer.device.type == "meta":
             return
         self._buffers += buffer.numel() * buffer.element_size()
-        if self._buffers > _ALL_BUFFERS_BYTES + self._bounds.nbytes:
+        if self._buffers > _ALL_BUFFERS_BYTES + self._bounds.memory:
             self._refuse(f"buffers of more than {size(self._buffers)}")
 
     def _count(self) -> None:
@@ -192,7 +197,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if isinstance(like, Tensor):
             nbytes = like.numel() * like.element_size()
-            if nbytes > _BUFFER_BYTES + self._bounds.nbytes:
+            if nbytes > _BUFFER_BYTES + self._bounds.memory:
                 self._refuse(f"a buffer of {size(nbytes)}")
 
 
