@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import re
 from collections import defaultdict
@@ -18,6 +17,7 @@ from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import WEIGHTS, Role, roles_of
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError, closest
+from quantcli.core.untrusted.patterns import glob_matches
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _NO_ROLES: Mapping[str, Role] = MappingProxyType({})
@@ -110,8 +110,7 @@ def _matches(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:
     chosen: list[StoredTensor] = [
         stored
         for name, stored in checkpoint.tensors.items()
-        if fnmatch.fnmatchcase(name, pattern)
-        or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)
+        if glob_matches(pattern, name) or glob_matches(pattern, name.removesuffix(".weight"))
     ]
     if not chosen:
         near = closest(pattern, list(checkpoint.tensors)[:2000])

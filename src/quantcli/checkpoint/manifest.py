@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from quantcli import __version__
-from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.files import MANIFEST
 from quantcli.core.errors import InputError, other_version
+from quantcli.core.untrusted.names import file_name_fault
+from quantcli.core.untrusted.tables import Table, parse_table, read_bytes
 
 VERSION = 1  # of the form of manifests
 _SEAL = "sha256"  # of the manifest without this key
 
 
-def encode_manifest(table: dict[str, Any]) -> bytes:
+def encode_manifest(table: Mapping[str, Any]) -> bytes:
     """The bytes of a manifest, with a seal over all the rest."""
     rest = {key: value for key, value in table.items() if key != _SEAL}
     return _encode({**rest, _SEAL: hashlib.sha256(_encode(rest)).hexdigest()})
@@ -27,12 +28,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest in `folder`. InputError if it was changed since it was sealed."""
     path = folder / MANIFEST
     table = read_sealed(path, "manifest", "copy the checkpoint again")
-    if (version := table.get("manifest_version")) != VERSION or type(version) is not int:
+    if (version := table.raw("manifest_version")) != VERSION or type(version) is not int:
         raise other_version("manifest", version, VERSION, str(path))
-    files = table.get("files")
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise InputError("manifest has no `files`", where=str(path), fix="convert the model again")
-    return table
+    check_manifest(table)
+    return dict(table.value)
+
+
+def check_manifest(table: Table) -> None:
+    """InputError for a value of another type than quantcli writes, and for a file that cannot be one in
+    the folder. Anyone can seal a manifest."""
+    for key in ("plan", "target", "serving_dtype", "recipe", "state"):
+        table.text(key, None)
+    if (source := table.table("source", None)) is not None:
+        source.text("fingerprint", None)
+    if (tool := table.table("tool", None)) is not None:
+        tool.text("version", None)
+        packages = tool.table("packages", Table({}, table.where))
+        for name in packages:
+            packages.text(name)
+    check_files(table.tables("files"))
+
+
+def check_files(files: Mapping[str, Table]) -> None:
+    """InputError for a name that no file in the folder can have, and for a size or a hash that is none.
+
+    files: entries by name.
+    """
+    for name, entry in files.items():
+        if (fault := file_name_fault(name)) is not None:
+            raise InputError(fault, where=entry.where, fix=entry.fix)
+        entry.integer("bytes")
+        entry.text("sha256", None)
+        entry.text("blake3", None)
 
 
 def whole_manifest(content: bytes, sizes: Mapping[str, int]) -> dict[str, Any] | None:
@@ -41,12 +68,13 @@ def whole_manifest(content: bytes, sizes: Mapping[str, int]) -> dict[str, Any] |
     sizes: bytes of the files that are there, by name.
     """
     try:
-        table = json.loads(content)
-        listed = {name: entry["bytes"] for name, entry in table["files"].items()}
-        whole = encode_manifest(table) == content
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        table = parse_table(content, MANIFEST)
+        check_manifest(table)
+    except InputError:
         return None
-    return table if whole and all(sizes.get(name) == n for name, n in listed.items()) else None
+    listed = {name: entry.integer("bytes") for name, entry in table.tables("files").items()}
+    whole = encode_manifest(table.value) == content
+    return dict(table.value) if whole and all(sizes.get(k) == n for k, n in listed.items()) else None
 
 
 def has_recipe(table: Mapping[str, Any], path: Path) -> bool:
@@ -72,10 +100,11 @@ def tool_text(tool: Any) -> str:
     return " with ".join(f"{name:.40} {version!s:.40}" for name, version in names)
 
 
-def read_sealed(path: Path, what: str, fix: str) -> dict[str, Any]:
+def read_sealed(path: Path, what: str, fix: str) -> Table:
     """The table that `encode_manifest` wrote. InputError if the file was changed since."""
-    table = read_json_file(path)
-    if encode_manifest(table) != path.read_bytes():
+    content = read_bytes(path)
+    table = parse_table(content, str(path), fix)
+    if encode_manifest(table.value) != content:
         raise InputError(f"{what} was changed since it was written", where=str(path), fix=fix)
     return table
 

@@ -17,6 +17,8 @@ from typing import Any
 from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
 from quantcli.core.disk import disk_errors, lock
 from quantcli.core.errors import InputError
+from quantcli.core.untrusted.names import file_name_fault
+from quantcli.core.untrusted.tables import Table, parse_table
 
 _FRESH = "run with --fresh to start over, or remove the directory"
 HEAD = {"plan", "checksum", "source"}
@@ -161,20 +163,40 @@ def done_shards(lines: list[dict[str, Any]]) -> dict[str, DoneShard]:
     }
 
 
+def check_head_types(head: Table) -> None:
+    """InputError for the first line of a journal if it has values of other types than a run writes."""
+    head.text("plan")
+    head.flag("checksum")
+    head.table("source")
+
+
+def _check_line(line: Table, *, first: bool) -> None:
+    """InputError for a line that no run writes."""
+    if first:
+        line.only(HEAD)
+        check_head_types(line)
+        return
+    line.only(_DONE, {"blake3"})
+    line.integer("nbytes")
+    line.text("sha256", None)
+    line.text("blake3", None)
+    if (fault := file_name_fault(line.text("shard"), folders=False)) is not None:
+        line.refuse("shard", fault)
+
+
 def parse_journal(raw: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The whole lines of a journal, and how many bytes they take."""
+    """The lines of a journal before the first that no run writes, and how many bytes they take."""
     lines: list[dict[str, Any]] = []
     nbytes = 0
     for line in raw.splitlines(keepends=True):
+        if not line.endswith(b"\n"):
+            break
         try:
-            value = json.loads(line) if line.endswith(b"\n") else None
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict) or value.keys() - {"blake3"} != (_DONE if lines else HEAD):
+            table = parse_table(line, JOURNAL)
+            _check_line(table, first=not lines)
+        except InputError:
             break
-        if lines and not isinstance(value["shard"], str):
-            break
-        lines.append(value)
+        lines.append(dict(table.value))
         nbytes += len(line)
     return lines, nbytes
 

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
-from quantcli.checkpoint.manifest import read_sealed, tool_text
+from quantcli.checkpoint.manifest import check_files, read_sealed, tool_text
 from quantcli.core.errors import InputError, other_version
+from quantcli.core.untrusted.names import file_name_fault, printable
+from quantcli.core.untrusted.tables import Table
 from quantcli.planning.parts import MOST, PART_VERSION, Part
 
 _ENTRY = {"bytes"}, {"bytes", "sha256", "blake3"}
@@ -56,64 +58,59 @@ def read_part(folder: Path) -> PartFolder:
             raise InputError("this is a whole checkpoint, not a part", where=str(folder), fix=fix)
         raise InputError("this is not a part of a conversion", where=str(folder), fix=fix)
     table = read_sealed(path, "description of the part", AGAIN)
-    if (version := table.get("part_version")) != PART_VERSION or type(version) is not int:
+    if (version := table.raw("part_version")) != PART_VERSION or type(version) is not int:
         raise other_version("description of the part", version, PART_VERSION, str(path))
     try:
         return _parse(folder, table)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except InputError as error:
         raise InputError(
-            "description of the part makes no sense to this version",
+            f"description of the part makes no sense to this version: {error.what}",
             where=str(path),
             fix="use the version of quantcli that wrote it, or run the part again",
         ) from None
 
 
-def _parse(folder: Path, table: dict[str, Any]) -> PartFolder:
-    """The part of a description. Any error here means a wrong type; `read_part` reports it."""
-    part = Part(_int(table["part"]), _int(table["of"]))
-    shards, carried, manifest, files = (
-        table[key] for key in ("shards", "carried", "manifest", "files")
-    )
-    sound = (
-        1 <= part.number <= part.of <= MOST
-        and isinstance(carried, list)
-        and isinstance(manifest["plan"], str)
-        and isinstance(table["checksum"], bool)
-        and isinstance(manifest, dict)
-        and isinstance(manifest["recipe"], str)
-        and all(isinstance(manifest[key], dict) for key in ("tool", "source"))
-    )
-    expected = {name for name, number in shards.items() if _int(number) == part.number}
+def _parse(folder: Path, table: Table) -> PartFolder:
+    """The part of a description. InputError for a value that no part has."""
+    part = Part(table.integer("part", least=1), table.integer("of", least=1, most=MOST))
+    if part.number > part.of:
+        table.refuse("part", f"is {part.number}, and there are {part.of}")
+    numbers, carried = table.table("shards"), set(table.texts("carried"))
+    shards = {name: numbers.integer(name) for name in numbers}
+    _check_common(table.table("manifest"))
+    for name in (*shards, *carried):
+        _check_inside(table, name)
+    for name in shards:
+        if "/" in name or not name.endswith(".safetensors") or name in carried:
+            numbers.refuse(name, "is not the name of a weight file")
+    expected = {name for name, number in shards.items() if number == part.number}
     if part.carries:
-        expected |= set(carried)
-    names_sound = (
-        all("/" not in name and name.endswith(".safetensors") for name in shards)
-        and not set(carried) & shards.keys()
-    )
-    if not sound or not names_sound or expected != files.keys():
-        raise ValueError
-    if not all(map(_inside, [*shards, *carried])):
-        raise ValueError
-    keys = _ENTRY[table["checksum"]]
+        expected |= carried
+    files = table.tables("files")
+    if expected != files.keys():
+        other = min(expected ^ files.keys())
+        table.refuse("files", f"and the part differ in `{printable(other):.200}`")
+    check_files(files)
     for entry in files.values():
-        hashes = all(isinstance(value, str) for key, value in entry.items() if key != "bytes")
-        if entry.keys() != keys or _int(entry["bytes"]) < 0 or not hashes:
-            raise ValueError
-    whole = {key: table[key] for key in ("of", "checksum", "shards", "carried", "manifest")}
-    return PartFolder(folder, part, whole, files)
+        entry.only(_ENTRY[table.flag("checksum")])
+    whole = {key: table.value[key] for key in ("of", "checksum", "shards", "carried", "manifest")}
+    return PartFolder(folder, part, whole, {name: dict(entry.value) for name, entry in files.items()})
 
 
-def _int(value: Any) -> int:
-    if type(value) is not int:
-        raise TypeError
-    return value
+def _check_common(manifest: Table) -> None:
+    """InputError for a manifest without its files that has values of other types."""
+    for key in ("plan", "recipe"):
+        manifest.text(key)
+    for key in ("tool", "source"):
+        manifest.table(key)
 
 
-def _inside(name: str) -> bool:
-    """Whether a file of this name stays inside its folder, and is not a file that quantcli writes."""
-    path = PurePosixPath(name)
-    plain = not path.is_absolute() and ".." not in path.parts and path.as_posix() == name
-    return plain and name.isprintable() and name not in {MANIFEST, PART, JOURNAL, "."}
+def _check_inside(table: Table, name: str) -> None:
+    """InputError for a file that is not one in its folder, or that quantcli writes."""
+    if (fault := file_name_fault(name)) is not None:
+        raise InputError(fault, where=table.where)
+    if name in {MANIFEST, PART, JOURNAL}:
+        table.refuse(name, "is a file of another use")
 
 
 def check_set(parts: Sequence[PartFolder]) -> list[PartFolder]:

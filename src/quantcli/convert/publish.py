@@ -6,12 +6,12 @@ import ctypes
 import os
 from pathlib import Path
 
-from quantcli.checkpoint.checkpoint import read_json_file
 from quantcli.checkpoint.files import MANIFEST, PART, SIGNATURE
 from quantcli.convert.journal import discard
 from quantcli.core.disk import disk_errors, sync_folder
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.place import OTHER_OUT, as_our_errors, check_ancestor, partial_folder
+from quantcli.core.untrusted.tables import read_table
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -26,9 +26,9 @@ def only_ours(folder: Path) -> bool:
     """Whether a directory holds nothing but what its manifest lists, so that it may be deleted."""
     listing = folder / (PART if (folder / PART).is_file() else MANIFEST)
     try:
-        table = read_json_file(listing)
-        files = {folder / name for name in [*table["files"], SIGNATURE]} | {listing}
-    except (QuantError, KeyError, TypeError):
+        names = [*read_table(listing).table("files"), SIGNATURE]
+        files = {folder / name for name in names} | {listing}
+    except QuantError:
         return not any(folder.iterdir())
     return all(path in files or path.is_dir() for path in folder.rglob("*"))
 

@@ -154,9 +154,9 @@ def _check_method(recipe: Recipe, named: NamedMethod, quantized: list[str]) -> N
     earlier ones take."""
     left = quantized
     for number, rule in enumerate(named.method.module_rules):
-        matched = {name for name in quantized if matches(rule.match, name)}
+        place = (*named.place, "rules", number)
+        matched = {name for name in quantized if matches(rule.match, name, recipe.where(*place))}
         if not rule.optional and matched.isdisjoint(left):
-            place = (*named.place, "rules", number)
             what = f"`{'.'.join(map(str, place))}` matches no quantized module"
             fix = (
                 f"patterns match whole names of modules that read what is {named.method.edited_as}, "

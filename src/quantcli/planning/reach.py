@@ -6,12 +6,12 @@ The library leaves them out. Their layouts are listed here, with the families wh
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.roles import Role
+from quantcli.core.untrusted.patterns import own
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def next_token_layer(checkpoint: Checkpoint) -> NextTokenLayer | None:
         if first is None or not kinds & layout.families:
             continue
         for name in checkpoint.tensors:
-            match = re.match(layout.layer, name)
+            match = own(layout.layer).match(name)
             if match and int(match[1]) == (first if layout.numbered else 0):
                 layer = NextTokenLayer(layout, match[0])
                 return layer if all(n in checkpoint.tensors for n in layer.names) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -22,8 +21,10 @@ from pydantic import (
 from quantcli.checkpoint.hub import HUB_ID
 from quantcli.checkpoint.roles import Role
 from quantcli.core.text import count
+from quantcli.core.untrusted.patterns import Budget, Expression, globs
 
 _SIZE = TypeAdapter(ByteSize)
+REGEX = "re:"  # begins a pattern that is not a glob
 LEAST_SIZE = 1000  # bytes: the header of a shard alone takes hundreds, and no layer has so few
 _SIZE_FORM = re.compile(r"\s*\d+(\.\d+)?\s*([KMGT]i?)?B?\s*", re.ASCII | re.IGNORECASE)
 
@@ -71,25 +72,27 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def translate(pattern: str) -> str:
-    """A glob or `re:REGEX` as a regular expression for whole names."""
-    if pattern.startswith("re:"):
-        return pattern.removeprefix("re:")
-    return fnmatch.translate(pattern)
-
-
 @lru_cache(4096)
-def _compiled(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
-    """Expressions for some patterns; one for all globs together, which have no groups of their own."""
-    globs = [translate(pattern) for pattern in patterns if not pattern.startswith("re:")]
-    others = [translate(pattern) for pattern in patterns if pattern.startswith("re:")]
-    together = ["|".join(f"(?:{glob})" for glob in globs)] if globs else []
-    return tuple(re.compile(expression) for expression in (*together, *others))
+def _compiled(patterns: tuple[str, ...], where: str | None) -> tuple[Any, ...]:
+    """Expressions for some patterns; one for all globs together."""
+    stars = [pattern for pattern in patterns if not pattern.startswith(REGEX)]
+    others = [pattern for pattern in patterns if pattern.startswith(REGEX)]
+    budget = Budget()
+    together = [globs(stars, where)] if stars else []
+    return (*together, *(expression(pattern, where, budget) for pattern in others))
 
 
-def matches(patterns: Iterable[str], module: str) -> bool:
-    """Whether any pattern matches the whole module name."""
-    return any(expression.fullmatch(module) for expression in _compiled(tuple(patterns)))
+def expression(pattern: str, where: str | None, budget: Budget | None = None) -> Expression:
+    """The regular expression of a pattern `re:REGEX`. InputError for one that is not to be used."""
+    return Expression(pattern.removeprefix(REGEX), where, pattern=pattern, budget=budget)
+
+
+def matches(patterns: Iterable[str], module: str, where: str | None = None) -> bool:
+    """Whether any pattern matches the whole module name.
+
+    where: the place of the patterns. InputError for one that takes too long.
+    """
+    return any(each.fullmatch(module) for each in _compiled(tuple(patterns), where))
 
 
 Limit = Annotated[str, BeforeValidator(_check_limit)]

@@ -16,6 +16,7 @@ from quantcli.checkpoint.roles import Role
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.numerics import Cache
 from quantcli.core.registry import discover
+from quantcli.core.untrusted.patterns import Expression
 from quantcli.core.untrusted.yaml_text import Place, write_yaml
 from quantcli.recipe.document import Document
 from quantcli.recipe.fields import RecipeFile, matches
@@ -70,11 +71,12 @@ class Rule:
     def matches(self, module: str, role: Role | None = None) -> bool:
         """Whether the rule selects a module: by its role, by its whole name, or by both.
 
-        role: None for a module that has none, such as a norm.
+        role: None for a module that has none, such as a norm. InputError for a pattern that takes too
+        long to match.
         """
         if self.roles and not self._has(role):
             return False
-        return not self.patterns or matches(self.patterns, module)
+        return not self.patterns or matches(self.patterns, module, self.where)
 
     def _has(self, role: Role | None) -> bool:
         """Whether a role is among those of the rule, or a part of one: `mlp.out` of `mlp`."""
@@ -110,8 +112,8 @@ class SiblingPattern:
     where: str  # file:line
 
     @cached_property
-    def _compiled(self) -> re.Pattern[str]:
-        return re.compile(self.text)
+    def _compiled(self) -> Expression:
+        return Expression(self.text, self.where)
 
     def key(self, module: str) -> tuple[str | None, ...] | None:
         """The captured parts of a module's name, the same for siblings; None if it does not match.
@@ -121,13 +123,14 @@ class SiblingPattern:
         match = self._compiled.fullmatch(module)
         if match is None:
             return None
-        if match.groups().count(None) == len(match.groups()):
+        captured: tuple[str | None, ...] = match.groups()
+        if captured.count(None) == len(captured):
             raise InputError(
                 f"`{self.text}` matches `{module}` and captures nothing of it",
                 where=self.where,
                 fix="put what siblings have in common in parentheses, in each alternative",
             )
-        return match.groups()
+        return captured
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,6 @@ Those need torch, and whoever misspelt a key need not wait for it.
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +13,10 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from quantcli.core.errors import InputError, one_of
-from quantcli.core.expressions import too_costly
+from quantcli.core.untrusted.patterns import Budget, Expression
 from quantcli.core.untrusted.yaml_text import Place
 from quantcli.recipe.document import MAPPING, Document, document_of, load_document
-from quantcli.recipe.fields import RecipeFile, translate
+from quantcli.recipe.fields import REGEX, RecipeFile, expression
 from quantcli.recipe.shipped import find_recipe
 
 SMOOTH, KV_CACHE = ("smooth",), ("kv_cache",)  # methods that have a block of their own
@@ -66,10 +64,10 @@ def read_recipe(
 
 def _check_siblings(patterns: Sequence[str], document: Document) -> None:
     """InputError for a pattern of siblings that is not a regular expression with groups."""
+    budget = Budget()
     for number, text in enumerate(patterns):
         where = document.where(("siblings", number))
-        _compilable(text, text, where, "write a regular expression over whole module names")
-        if not re.compile(text).groups:
+        if not Expression(text, where, budget=budget).groups:
             raise InputError(
                 f"`{text}` captures nothing, so that all modules that it matches would be siblings",
                 where=where,
@@ -80,31 +78,13 @@ def _check_siblings(patterns: Sequence[str], document: Document) -> None:
 
 def check_patterns(patterns: list[str], place: Place, document: Document) -> None:
     """InputError for a pattern of a rule that is not a glob or a regular expression."""
+    budget = Budget()
     for index, pattern in enumerate(patterns):
         where = document.where((*place, "match", index))
-        if not pattern or pattern == "re:":
+        if pattern in {"", REGEX}:
             raise InputError("the pattern is empty", where=where)
-        _compilable(pattern, translate(pattern), where, "leave out `re:` for a glob, such as *_proj")
-
-
-def _compilable(pattern: str, regex: str, where: str, fix: str) -> None:
-    """InputError for a regular expression that does not compile, or whose matching may not end.
-
-    pattern: as the recipe has it.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # re only warns of a set that looks like a mistake
-            re.compile(regex)
-    except (re.error, RecursionError, OverflowError, Warning) as error:
-        what = f"`{pattern}` is not a regular expression: {error}"
-        raise InputError(what, where=where, fix=fix) from None
-    if pattern.endswith(regex) and too_costly(regex):  # a glob became another text, which is cheap
-        raise InputError(
-            f"`{pattern}` is too costly to match names with",
-            where=where,
-            fix="repeat no group in which something repeats or is a choice; have at most four `.*`",
-        )
+        if pattern.startswith(REGEX):
+            expression(pattern, where, budget)
 
 
 def explain(

@@ -9,15 +9,13 @@ model_executor/layers/quantization/inc/config_parser.py:85-240.
 
 from __future__ import annotations
 
-import re
-import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
 
 from quantcli.checkpoint.encoded import Encoded
-from quantcli.core.expressions import too_costly
+from quantcli.core.untrusted.patterns import Budget, Expression
 from quantcli.sources import awq, float8, gptq
 from quantcli.sources.base import Source, SourceFormat, needed, wrong
 from quantcli.sources.blocks import Blocks, grouped, one_number
@@ -72,13 +70,11 @@ def _by_name(source: Source, layout: str) -> Callable[[str], Kind]:
     extra = source.settings.get("extra_config") or {}
     if not isinstance(extra, dict) or not all(isinstance(table, dict) for table in extra.values()):
         raise source.refused("`extra_config` is not an object of objects")
-    for key in extra:
-        if _SPECIAL & set(key):
-            _must_match(source, key)
+    exceptions = _Exceptions(source, extra)
 
     @cache
     def kind_of(name: str) -> Kind:
-        own = replace(source, settings=_exception(extra, name))
+        own = replace(source, settings=exceptions.of(name))
         bits, group = (
             own.whole("bits", default=usual.bits),
             own.whole("group_size", default=usual.group),
@@ -94,26 +90,27 @@ def _by_name(source: Source, layout: str) -> Callable[[str], Kind]:
     return kind_of
 
 
-def _must_match(source: Source, key: str) -> None:
-    """InputError for a key of `extra_config` that is not a regular expression, or too costly a one."""
-    try:
-        re.compile(key)
-    except (re.error, OverflowError, RecursionError):
-        raise source.refused(f"`extra_config` has {reprlib.repr(key)}, which matches nothing") from None
-    if too_costly(key):
-        raise source.refused(f"`extra_config` has {reprlib.repr(key)}, which is too costly to match")
+class _Exceptions:
+    """The entries of `extra_config`, by names, by ends of names, and by regular expressions.
 
+    InputError for a key that is not an expression, or takes too much.
+    """
 
-def _exception(extra: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The entry of `extra_config` for a module: by its name, by the end of it, by an expression."""
-    if name in extra:
-        found: Mapping[str, Any] = extra[name]
-        return found
-    for key, table in extra.items():
-        special = bool(_SPECIAL & set(key))
-        if re.search(key, name) if special else name.endswith(f".{key}"):
-            return dict(table)
-    return {}
+    def __init__(self, source: Source, extra: Mapping[str, Mapping[str, Any]]) -> None:
+        self._extra, budget = extra, Budget()
+        where = f"`extra_config` of {source.where} in {source.checkpoint.path}"
+        special = (key for key in extra if _SPECIAL & set(key))
+        self._expressions = {key: Expression(key, where, budget=budget) for key in special}
+
+    def of(self, name: str) -> Mapping[str, Any]:
+        """The entry of a module; empty if it has none."""
+        if name in self._extra:
+            return self._extra[name]
+        return next((table for key, table in self._extra.items() if self._is_of(key, name)), {})
+
+    def _is_of(self, key: str, name: str) -> bool:
+        expression = self._expressions.get(key)
+        return bool(expression.search(name) if expression else name.endswith(f".{key}"))
 
 
 def _blocks(source: Source, numbers: str) -> Iterator[Encoded]:

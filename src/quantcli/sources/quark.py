@@ -9,7 +9,6 @@ model_executor/layers/quantization/quark/quark.py:420-830 and quark/schemes/.
 
 from __future__ import annotations
 
-import fnmatch
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.columns import Columns, strip_bytes
 from quantcli.checkpoint.encoded import Encoded
+from quantcli.core.untrusted.patterns import glob_matches
 from quantcli.sources import awq
 from quantcli.sources.base import Source, SourceFormat, Tensors, encoded, needed, wrong
 from quantcli.sources.blocks import Blocks, grouped, one_number, tiles_of
@@ -65,7 +65,7 @@ class _Settings:
     def _entry(self, module: str) -> Mapping[str, Any]:
         """By name, by class, or that of all modules. Source: vllm, quark.py:640-720."""
         for pattern, entry in self._table("layer_quant_config").items():
-            if fnmatch.fnmatch(module, pattern) if "*" in pattern else module == pattern:
+            if glob_matches(pattern, module) if "*" in pattern else module == pattern:
                 return entry if isinstance(entry, dict) else {}
         by_class = self._table("layer_type_quant_config")
         entry = by_class.get("Linear") or self.source.settings.get("global_quant_config")

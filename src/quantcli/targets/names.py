@@ -6,40 +6,31 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from quantcli.core.expressions import too_costly
+from quantcli.core.errors import InputError
+from quantcli.core.untrusted.patterns import Budget, Expression, own
 from quantcli.targets.spellings import MOVED, float_towers, is_decoder, spellings
 
 MOST_NAMES = 512  # in one list; more are folded into regular expressions
-_LONGEST = 1000  # of a regular expression
 _NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 _LAST_NUMBER = re.compile(r"(?<=\.)[0-9]+(?=\.[^0-9][^.]*(?:\.[^0-9][^.]*)*$)")
 _HOLE = "\0"  # stands for a number
 _MOST_NUMBERS = 100  # in one expression
 
 
-def entry_fault(entry: str) -> str | None:
-    """The reason why names cannot be matched with an entry of an untrusted list; None if they can.
-
-    entry: a name, or a regular expression after `re:`.
-    """
-    return expression_fault(entry.removeprefix("re:")) if entry.startswith("re:") else None
-
-
-def expression_fault(expression: str) -> str | None:
-    """The reason why names cannot be matched with an untrusted regular expression; None if they can."""
-    if len(expression) > _LONGEST or too_costly(expression):
-        return f"{expression!r:.60} is too costly to match names with"
-    try:
-        re.compile(expression)
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"{expression!r:.60} is not a regular expression: {error}"
-    return None
+def expression_faults(expressions: Iterable[str]) -> Iterator[str]:
+    """The reasons why names cannot be matched with regular expressions of an untrusted list."""
+    budget = Budget()
+    for expression in expressions:
+        try:
+            Expression(expression, budget=budget)
+        except InputError as error:
+            yield error.what
 
 
 def expressions(modules: Sequence[str], others: Sequence[str]) -> list[str]:
     """Regular expressions that match all of these modules in the spellings of engines, and no other."""
     found = [entry.removeprefix("re:") for entry in _with_any_beginning(modules, others)]
-    compiled = [re.compile(expression) for expression in found]
+    compiled = [own(expression) for expression in found]
     rest = [name for name in modules if not any(one.match(name) for one in compiled)]
     return [*found, *(f"{re.escape(name)}$" for name in rest)]
 
@@ -58,7 +49,8 @@ def ignored(floats: Sequence[str], quantized: Sequence[str]) -> list[str]:
     if is_decoder([*floats, *quantized]):
         return names
     towers = [rf"re:(?:.*\.)?{re.escape(name)}\..+" for name in float_towers(floats, quantized)]
-    rest = [name for name in floats if not any(re.match(tower[3:], name) for tower in towers)]
+    expressions_of_towers = [own(tower.removeprefix("re:")) for tower in towers]
+    rest = [name for name in floats if not any(one.match(name) for one in expressions_of_towers)]
     return list(dict.fromkeys([*names, *towers, *_with_any_beginning(rest, quantized)]))
 
 

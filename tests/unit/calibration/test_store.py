@@ -15,7 +15,7 @@ from quantcli.calibration.store import HEAD, Store, load_measured, read_head, sa
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
-from quantcli.planning.measured import Edit, Measured
+from quantcli.planning.measured import Basis, Edit, Measured
 from tests.e2e.calibrating import seal_again
 
 KEY = Key("model", "data", {"a": 1}, {}, {}, {"m": "digest"}, {"digest": {"ranges": 1}})
@@ -23,7 +23,7 @@ KEY = Key("model", "data", {"a": 1}, {}, {}, {"m": "digest"}, {"digest": {"range
 
 def write(folder: Path, value: float = 1.0) -> Path:
     """A calibration of one layer."""
-    store = Store(folder, KEY, 1, "tool 1")
+    store = Store(folder, KEY, 1, Basis(None, {}, "tool 1"))
     store.close()
     report = LayerReport(
         "layers.0",
@@ -112,7 +112,7 @@ def test_statistics_that_are_not_finite(tmp_path: Path, value: float) -> None:
 HEADS = {
     "model is a list": ('"model": "model"', '"model": []', "`model` should be text, not a list"),
     "layers are text": ('"layers": 1', '"layers": "1"', "`layers` should be a whole number, not text"),
-    "version is true": ('"version": 2', '"version": true', "`version` should be a whole number"),
+    "version is true": ('"version": 2', '"version": true', "has version True"),
     "modules hold numbers": ('"m": "digest"', '"m": 1', "`modules.m` should be text"),
     "measured is text": ('"measured": {', '"measured": "x", "more": {', "`measured` should be"),
     "inputs are null": ('"inputs": {', '"inputs": null, "more": {', "`inputs` should be an object"),
@@ -127,7 +127,7 @@ def test_a_head_is_read_by_types(folder: Path, before: str, after: str, what: st
     with pytest.raises(InputError) as caught:
         read_head(folder)
     assert what in caught.value.what
-    assert caught.value.where == str(folder / HEAD)
+    assert (caught.value.where or "").startswith(str(folder))
 
 
 def stored(dtype: str, *shape: int) -> StoredTensor:

@@ -60,7 +60,7 @@ def test_a_change_breaks_the_seal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("files", [None, [], "a", {"a": 3}, {"a": {"bytes": 3}, "b": []}])
 def test_files_are_a_table_of_tables(tmp_path: Path, files: Any) -> None:
     (tmp_path / MANIFEST).write_bytes(encode_manifest({**TABLE, "files": files}))
-    with pytest.raises(InputError, match="manifest has no `files`"):
+    with pytest.raises(InputError, match=r"`files.*` should be an object"):
         read_manifest(tmp_path)
 
 

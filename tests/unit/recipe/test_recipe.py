@@ -278,9 +278,7 @@ def test_missing_keys(load):
     assert caught.value.where.endswith("r.yaml:3")
 
 
-@pytest.mark.parametrize(
-    "pattern", ["re:(", "re:*", "re:[[a]", "re:(?P<a>x)(?P<a>y)", "re:a{1,99999999999}"]
-)
+@pytest.mark.parametrize("pattern", ["re:(", "re:*", "re:[[a]", "re:(?P<a>x)(?P<a>y)"])
 def test_bad_expressions(load, pattern):
     with pytest.raises(InputError, match="is not a regular expression") as caught:
         load(rules(("a", "keep"), (["b", pattern], "keep")))

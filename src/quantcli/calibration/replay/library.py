@@ -201,16 +201,14 @@ def _config_folder(checkpoint: Checkpoint) -> Iterator[Path]:
 
 def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
     """Give the parameters that from_pretrained keeps in float32 that dtype."""
-    import re
-
     plan = model._get_dtype_plan(dtype)
     if not plan:
         return
     from transformers.core_model_loading import build_glob_alternation
 
-    pattern = build_glob_alternation(list(plan))[0]
+    kept_in_float32 = build_glob_alternation(list(plan))[0]
     for name, parameter in list(model.named_parameters()):
-        if re.search(pattern, name):
+        if kept_in_float32.search(name):
             path, _, local = name.rpartition(".")
             kept = nn.Parameter(parameter.float(), requires_grad=False)
             model.get_submodule(path)._parameters[local] = kept

@@ -10,7 +10,7 @@ import hashlib
 import json
 import secrets
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,8 @@ from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import QuantError
+from quantcli.core.untrusted.names import file_name_fault
+from quantcli.core.untrusted.tables import Table, read_table
 
 
 def states_file(layer: int) -> str:
@@ -133,11 +135,13 @@ class Listed:
         }
 
 
-def _names(items: Iterable[Any]) -> set[str]:
-    names = set()
+def _names(items: Iterable[Any]) -> Iterator[Any]:
+    """All names in items and in lists of them."""
     for item in items:
-        names |= {item} if isinstance(item, str) else set() if item is None else _names(item)
-    return names
+        if isinstance(item, list | tuple):
+            yield from _names(item)
+        elif item is not None:
+            yield item
 
 
 class StatesWriter:
@@ -278,10 +282,21 @@ def _load_listed(folder: Path, file: str) -> Listed | None:
     """What is carried next to states, as an earlier run has listed it; None if a tensor is missing."""
     path = folder / _carried_file(file)
     try:
-        listed = Listed(folder, json.loads(path.read_text()) if path.exists() else {})
-    except (OSError, ValueError):
+        listed = Listed(folder, _batches(read_table(path)) if path.exists() else {})
+    except QuantError:
         return None
     return listed if all(file.exists() for file in listed.files) else None
+
+
+def _batches(table: Table) -> dict[str, dict[str, Any]]:
+    """The items of each batch. InputError for what is not one, and for a file of another folder."""
+    for number, items in table.inner.items():
+        for name in _names(items.value.values()):
+            if not isinstance(name, str):
+                table.refuse(number, "should hold names of files")
+            if (fault := file_name_fault(name, folders=False)) is not None:
+                table.refuse(number, fault)
+    return {number: dict(items.value) for number, items in table.inner.items()}
 
 
 def load_states(

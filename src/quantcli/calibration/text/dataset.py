@@ -9,7 +9,6 @@ import math
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.calibration.text.tokenizer import FETCH, Choice, Tokenizer, start_process
 from quantcli.checkpoint.remote.mounts import complete
 from quantcli.core.errors import InputError, MachineError
+from quantcli.core.untrusted.patterns import glob_matches
 
 _VOCABULARY = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _TOKENIZER_FILES = (*_VOCABULARY, "tokeniz*", "vocab*", "merges*", "special_tokens_map.json",
@@ -199,11 +199,11 @@ def _find(model: Path, patterns: tuple[str, ...]) -> list[Path]:
     except OSError as error:
         what, fix = f"cannot read: {error.strerror}", "check the folder and its permissions"
         raise MachineError(what, where=str(model), fix=fix) from None
-    return [path for path in files if any(fnmatchcase(path.name, p) for p in patterns)]
+    return [path for path in files if any(glob_matches(p, path.name) for p in patterns)]
 
 
 def _is_of_tokenizer(name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in _TOKENIZER_FILES)
+    return any(glob_matches(pattern, name) for pattern in _TOKENIZER_FILES)
 
 
 def _digest(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +30,8 @@ from quantcli.checkpoint.remote.web import (
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.text import count
+from quantcli.core.untrusted.names import file_name_fault
+from quantcli.core.untrusted.tables import parse_table
 
 _WORKERS = 8
 _MOST_PAGE = 4 * 2**20  # bytes of a page with links
@@ -139,10 +140,13 @@ class WebFolder(Origin):
         block = bytearray(version.nbytes)
         self.ask(INDEX, version, 0, memoryview(block))
         try:
-            files = set(json.loads(block)["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            table = parse_table(bytes(block), self.where(INDEX)).table("weight_map")
+        except InputError:
             return []
-        return sorted(name for name in files if isinstance(name, str) and _is_plain(name))[:MAX_FILES]
+        files = {name for name in table.value.values() if isinstance(name, str)}
+        return sorted(name for name in files if file_name_fault(name, folders=False) is None)[
+            :MAX_FILES
+        ]
 
 
 def parse_folder(address: str) -> WebFolder:
@@ -235,10 +239,6 @@ def _below(base: str, link: str) -> str | None:
         return None
     path, above = unquote(parts.path), unquote(own.path)
     name = path.removeprefix(above)
-    if name == path or not _is_plain(name.removesuffix("/")):
+    if name == path or file_name_fault(name.removesuffix("/"), folders=False) is not None:
         return None
     return name
-
-
-def _is_plain(name: str) -> bool:
-    return bool(name) and name.isprintable() and name not in {".", ".."} and not set("/\\") & {*name}

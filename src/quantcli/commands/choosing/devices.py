@@ -11,12 +11,12 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from quantcli.core.errors import InputError
+from quantcli.core.untrusted.patterns import glob_matches
 from quantcli.core.untrusted.yaml_text import read_yaml
 
 NATIVE = "native"
@@ -64,7 +64,7 @@ class Device:
         found = (
             how
             for (name, pattern), how in patterns.items()
-            if name == target and fnmatchcase(label, pattern)
+            if name == target and glob_matches(pattern, label)
         )
         return next(found, None)
 

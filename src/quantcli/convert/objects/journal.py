@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantcli.checkpoint.files import JOURNAL
+from quantcli.checkpoint.manifest import check_files
 from quantcli.checkpoint.remote.origin import Version
 from quantcli.convert.destination import Entry
-from quantcli.convert.journal import HEAD, check_head
+from quantcli.convert.journal import HEAD, check_head, check_head_types
 from quantcli.convert.objects.bucket import Bucket, CannotCompareError, Identity, LostRaceError
 from quantcli.core.errors import InputError, MachineError
+from quantcli.core.untrusted.tables import parse_table
 
 _RUN = {"run", "files", *HEAD}
 _DONE = {"shard", "entry", "tag"}
@@ -60,23 +62,23 @@ def read_notes(bucket: Bucket) -> Notes:
     """The journal that is there. InputError if it is damaged."""
     content, identity = bucket.get(JOURNAL)
     try:
-        first, *lines = [json.loads(line) for line in content.splitlines()]
-        done = {}
+        first, *lines = [parse_table(line, JOURNAL) for line in content.splitlines() or [b""]]
+        first.only(_RUN)
+        check_head_types(first)
+        files, done = first.texts("files"), {}
         for line in lines:
-            nbytes = line["entry"]["bytes"]
-            if line.keys() != _DONE or type(nbytes) is not int:
-                raise ValueError
-            done[str(line["shard"])] = Uploaded(dict(line["entry"]), str(line["tag"]))
-        if first.keys() != _RUN or not all(isinstance(name, str) for name in first["files"]):
-            raise ValueError
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            line.only(_DONE)
+            name, entry = line.text("shard"), line.table("entry")
+            check_files({name: entry})
+            done[name] = Uploaded(dict(entry.value), line.text("tag"))
+    except InputError as error:
         raise InputError(
-            "journal of an unfinished run makes no sense to this version",
+            f"journal of an unfinished run makes no sense to this version: {error.what}",
             where=f"{bucket}/{JOURNAL}",
             fix="use the version of quantcli that wrote it, or choose another --out",
         ) from None
-    head = {key: first[key] for key in HEAD}
-    return Notes(head, frozenset(first["files"]), done, identity)
+    head = {key: first.value[key] for key in HEAD}
+    return Notes(head, frozenset(files), done, identity)
 
 
 class ObjectJournal:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,8 @@ from quantcli.convert.objects.journal import Notes, ObjectJournal, read_notes
 from quantcli.convert.objects.stream import ObjectSink
 from quantcli.core.errors import InputError
 from quantcli.core.place import OTHER_OUT
+from quantcli.core.untrusted.names import printable
+from quantcli.core.untrusted.tables import parse_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -164,11 +165,10 @@ class ObjectPlace(Destination):
         """The names in the manifest that is there, and its own. InputError if there are others."""
         content, _ = self.bucket.get(MANIFEST)
         try:
-            table = json.loads(content)
-            files = (
-                {*table["files"], SIGNATURE, MANIFEST} if encode_manifest(table) == content else set()
-            )
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+            table = parse_table(content, MANIFEST)
+            sealed = encode_manifest(table.value) == content
+            files = {*table.table("files"), SIGNATURE, MANIFEST} if sealed else set()
+        except InputError:
             files = set()
         if others := sorted(listed.keys() - files):
             raise self._foreign(others[0])
@@ -176,7 +176,7 @@ class ObjectPlace(Destination):
 
     def _foreign(self, name: str) -> InputError:
         return InputError(
-            f"objects are there that quantcli did not write, such as `{ascii(name)[1:-1]}`",
+            f"objects are there that quantcli did not write, such as `{printable(name)}`",
             where=str(self),
             fix=_WORDS,
         )

@@ -98,10 +98,11 @@ class _Kernels:
 def _parts(content: bytes) -> tuple[str, str, bytes]:
     """Symbol, kinds of arguments, and object file. ValueError if they are not whole."""
     header, _, code = content.partition(b"\n")
-    symbol, arguments, nbytes = json.loads(header)
-    if nbytes != len(code):
-        raise ValueError("object file is cut off")
-    return symbol, arguments, code
+    values = json.loads(header)
+    kinds = [type(value) for value in values] if isinstance(values, list) else []
+    if kinds != [str, str, int] or values[2] != len(code) or not {*values[1]} <= _KINDS.keys():
+        raise ValueError("object file is not whole")
+    return values[0], values[1], code
 
 
 def _file(key: tuple[str, ...]) -> str:
@@ -261,7 +262,7 @@ def _read(path: Path) -> bytes | None:
     digest, content = raw[:_HASH_BYTES], raw[_HASH_BYTES:]
     try:
         _parts(content)
-    except (ValueError, TypeError):
+    except (ValueError, RecursionError):
         return None
     return content if blake3(content).digest() == digest else None
 

@@ -55,8 +55,8 @@ def file_name_fault(name: str, *, folders: bool = True) -> str | None:
     if not name.isprintable():
         return f"{words} has control characters"
     parts = name.split("/")
-    outside = any(part in {"", ".", ".."} for part in parts) or "\\" in name
-    if outside or (len(parts) > 1 and not folders):
+    outside = any(part in {"", ".", ".."} for part in parts)
+    if outside or (not folders and ("/" in name or "\\" in name)):
         return f"{words} is not one inside the folder"
     if len(name.encode()) > MAX_PATH or any(len(part.encode()) > MAX_PART for part in parts):
         return f"file name `{name:.40}` is longer than a disk takes"

@@ -268,7 +268,12 @@ class Table:
     def tables(self, key: str, default: Any = _REQUIRED) -> Any:
         """An object of objects: key -> object."""
         found = self.table(key, default)
-        return found if found is default else {name: found.table(name) for name in found}
+        return found if found is default else found.inner
+
+    @property
+    def inner(self) -> dict[str, Table]:
+        """All its values, which should be objects."""
+        return {name: self.table(name) for name in self}
 
     @overload
     def list_of_tables(self, key: str) -> tuple[Table, ...]: ...

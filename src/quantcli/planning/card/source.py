@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint.checkpoint import Checkpoint, read_json_file
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.files import CARD, MANIFEST
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import InputError, QuantError
+from quantcli.core.untrusted.tables import read_table
 from quantcli.core.untrusted.yaml_text import read_yaml
 from quantcli.planning.card.markdown import lines_of, unquote
 
@@ -96,9 +97,9 @@ def is_card(file: Path) -> bool:
 def _is_unchanged(checkpoint: Checkpoint, content: bytes) -> bool:
     """Whether a card is the one in the manifest; yes if no manifest has its hash."""
     try:
-        files = read_json_file(checkpoint.path / MANIFEST)["files"]
-        sha256 = files[CARD].get("sha256")
-    except (QuantError, KeyError, TypeError, AttributeError):
+        table = read_table(checkpoint.path / MANIFEST)
+        sha256 = table.table("files").table(CARD).text("sha256", None)
+    except QuantError:
         return True
     return sha256 is None or sha256 == hashlib.sha256(content).hexdigest()
 

@@ -15,7 +15,7 @@ from quantcli.core.number_types import ELEMENTS, SCALES
 from quantcli.core.numerics import CACHES, Cache, Numerics, Operand
 from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.compressed_tensors.kinds import FORMATS, Kind, arguments, as_served, kind_of
-from quantcli.targets.names import entry_fault, fold, ignored
+from quantcli.targets.names import expression_faults, fold, ignored
 from quantcli.targets.spellings import draft_expressions
 from quantcli.targets.vllm_family import float_linears, is_head
 
@@ -78,9 +78,9 @@ def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
     elif ignore:
         config.ignore = list(ignore)
     config.findings += _other_keys(block)
-    config.findings += [
-        _wrong(what) for p in (*config.patterns(), *config.ignore) if (what := entry_fault(p))
-    ]
+    for entries in (config.patterns(), config.ignore):
+        regexes = (entry.removeprefix("re:") for entry in entries if entry.startswith("re:"))
+        config.findings += map(_wrong, expression_faults(regexes))
     return config
 
 

@@ -5,13 +5,15 @@ Modules of a stand-alone draft have one name only: see `draft_name`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 
+from quantcli.checkpoint.checkpoint import CONFIG
 from quantcli.checkpoint.detect import Draft
+from quantcli.core.errors import InputError
+from quantcli.core.untrusted.patterns import Budget, Expression
 from quantcli.targets.compressed_tensors.config import ConfigGroup, ConfigGroups
-from quantcli.targets.names import entry_fault
 from quantcli.targets.spellings import draft_name, spellings
 from quantcli.targets.vllm_family import (
     EMBEDDINGS,
@@ -36,22 +38,27 @@ _LINEARS: tuple[str, ...] = (
 class _Patterns:
     """Names and regular expressions in order; the first that matches counts."""
 
-    def __init__(self, patterns: Iterable[str]) -> None:
+    def __init__(self, patterns: Iterable[str], key: str) -> None:
         self.exact: dict[str, int] = {}
-        self.expressions: list[tuple[int, re.Pattern[str]]] = []
+        self.expressions: list[tuple[int, Expression]] = []
         self.all = list(patterns)
+        budget = Budget()
         for place, pattern in enumerate(self.all):
             if not pattern.startswith("re:"):
                 self.exact.setdefault(pattern, place)
-            elif entry_fault(pattern) is None:
-                self.expressions.append((place, re.compile(pattern[3:])))
+                continue
+            where = f"{CONFIG}: quantization_config.{key}[{place}]"
+            with suppress(InputError):  # a finding of whoever has read the config
+                expression = Expression(pattern[3:], where, pattern=pattern, budget=budget)
+                self.expressions.append((place, expression))
 
     def first(self, name: str) -> str | None:
-        """The first pattern that equals a name, or that its beginning matches."""
-        places = [place for place, expression in self.expressions if expression.match(name)]
-        if name in self.exact:
-            places.append(self.exact[name])
-        return self.all[min(places)] if places else None
+        """The first pattern that equals a name, or that its beginning matches. InputError for one that
+        takes too long."""
+        end = self.exact.get(name, len(self.all))
+        earlier = (place for place, expression in self.expressions if expression.match(name))
+        place = min(end, next(earlier, end))
+        return self.all[place] if place < len(self.all) else None
 
 
 class GroupMatcher:
@@ -65,8 +72,8 @@ class GroupMatcher:
     ) -> None:
         self._modules = modules
         self._draft = draft
-        self._targets = _Patterns(groups.patterns())
-        self._ignore = _Patterns(groups.ignore)
+        self._targets = _Patterns(groups.patterns(), "config_groups.*.targets")
+        self._ignore = _Patterns(groups.ignore, "ignore")
         self._names = groups.patterns()
         self._groups: Mapping[str, ConfigGroup] = {group.name: group for group in groups.groups}
         self._class = [t for t in self._targets.all if not t.startswith("re:")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +12,10 @@ from quantcli.checkpoint.detect import LAYER, Draft, of_draft
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics
+from quantcli.core.untrusted.patterns import Budget, Expression
 from quantcli.targets.base import AGAIN, PlannedCheckpoint
 from quantcli.targets.gptq.kinds import VERSIONS, WHOLE_ROWS, Kind
-from quantcli.targets.names import expression_fault, expressions
+from quantcli.targets.names import expression_faults, expressions
 from quantcli.targets.sidecars import quantization_block
 from quantcli.targets.spellings import draft_expressions, draft_name, spellings
 from quantcli.targets.vllm_family import EXPERT, float_linears, is_head, looked_up_as
@@ -143,7 +143,7 @@ def differences(checkpoint: Checkpoint) -> Iterator[Finding]:
 class _Rule:
     """An entry of `dynamic`. kind: of the modules that it matches; None if they are float."""
 
-    expression: re.Pattern[str]
+    expression: Expression
     kind: Kind | None
 
 
@@ -198,11 +198,17 @@ def read_config(block: Mapping[str, Any]) -> GptqConfig:
     named = block.get("modules_in_block_to_quantize")
     if named:
         config.named = tuple(_flat(named))
+    budget = Budget()
     for pattern, changes in (block.get("dynamic") or {}).items():
-        expression = re.compile(pattern.removeprefix("-:").removeprefix("+:"))
+        where = f"{CONFIG}: quantization_config.dynamic"
+        expression = Expression(_without_sign(pattern), where, pattern=pattern, budget=budget)
         kind = None if pattern.startswith("-:") else _changed(usual, changes)
         config.rules.append(_Rule(expression, kind))
     return config
+
+
+def _without_sign(pattern: str) -> str:
+    return pattern.removeprefix("-:").removeprefix("+:")
 
 
 def _changed(usual: Kind, changes: Mapping[str, Any]) -> Kind:
@@ -241,10 +247,9 @@ def _faults(block: Mapping[str, Any]) -> Iterator[Finding]:
     if rules is not None and not isinstance(rules, dict):
         yield _wrong(f"`dynamic` is {rules!r:.60}, not an object")
         return
+    for fault in expression_faults(map(_without_sign, rules or {})):
+        yield _wrong(f"`dynamic`: {fault}")
     for pattern, changes in (rules or {}).items():
-        expression = pattern.removeprefix("-:").removeprefix("+:")
-        if fault := expression_fault(expression):
-            yield _wrong(f"`dynamic`: {fault}")
         if not isinstance(changes, dict):
             yield _wrong(f"`dynamic` has {changes!r:.40} for {pattern!r:.60}, not an object")
         elif not pattern.startswith("-:"):

@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from fnmatch import translate
 from functools import cache
 from typing import Any
 
 from quantcli.checkpoint.detect import Draft
+from quantcli.core.untrusted.patterns import globs
 from quantcli.targets.spellings import built_as, draft_name, spellings
 from quantcli.targets.vllm_family import EXPERT, is_head, last_part, looked_up_as, sibling_names
 
@@ -75,7 +75,7 @@ class Entries:
         self._exact = frozenset(self.all)
         self._by_length = sorted(self.all, key=len)
         self._lengths = [len(entry) for entry in self._by_length]
-        self._wild = [re.compile(translate(entry)) for entry in self.all if _WILDCARDS.search(entry)]
+        self._wild = [globs([entry]) for entry in self.all if _WILDCARDS.search(entry)]
         self._of_experts = [entry for entry in self.all if "experts" in entry]
         self._named = cache(self._matches)
 

@@ -6,8 +6,6 @@ numbers than the checkpoint holds. An absent or unusable one goes to the report.
 
 from __future__ import annotations
 
-import re
-from itertools import chain
 from pathlib import Path
 
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -150,24 +148,6 @@ def _recipe(structure: Structure, file: str) -> Recipe:
     if not has_recipe(structure.manifest, path):
         raise _Unusable(f"the manifest's recipe is not that of {file}")
     try:
-        recipe = load_recipe(path)
+        return load_recipe(path)
     except InputError as error:
         raise _Unusable(f"the manifest's recipe cannot be read: {error.what}") from None
-    patterns = [rule.patterns for rule in recipe.rules]
-    patterns += [tuple(rule.match) for method in recipe.methods for rule in method.module_rules]
-    patterns.append(tuple(f"re:{siblings.text}" for siblings in recipe.siblings))
-    for pattern in chain.from_iterable(patterns):
-        if _may_be_slow(pattern):
-            raise _Unusable(f"a pattern of the recipe may take very long to match: {pattern:.80}")
-    return recipe
-
-
-def _may_be_slow(pattern: str) -> bool:
-    """Whether a regular expression might try very many ways to match a name.
-
-    A group that is repeated, or more than a few repetitions and choices. Globs are always fast.
-    """
-    if not pattern.startswith("re:"):
-        return False
-    repeated = re.search(r"\)[*+{]", pattern) is not None
-    return repeated or len(re.findall(r"[*+{]", pattern)) > 3 or len(re.findall(r"[?(]", pattern)) > 6

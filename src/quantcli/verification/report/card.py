@@ -83,10 +83,11 @@ def _recover(folder: Path) -> None:
         if not waiting.is_file():
             return
         try:
-            files = read_sealed(waiting, "manifest", "remove it")["files"]
+            table = read_sealed(waiting, "manifest", "remove it")
             content = (folder / CARD).read_bytes()
-            is_its_card = files[CARD].get("sha256") == hashlib.sha256(content).hexdigest()
-        except (InputError, OSError, KeyError, TypeError, AttributeError):
+            sha256 = table.table("files").table(CARD).text("sha256")
+            is_its_card = sha256 == hashlib.sha256(content).hexdigest()
+        except (InputError, OSError):
             is_its_card = False
         if is_its_card:
             _seal(folder)
