@@ -146,7 +146,7 @@ def _try_elsewhere(order: _Order, folder: str) -> None:
 
 
 def tried(order: _Order, folder: str) -> Answer:
-    """In the other process: build the model. What the library refuses is no matter here."""
+    """In the other process: build the model. What the library refuses, it refuses again in this one."""
     try:
         with quiet():
             _build(order, Path(folder))
