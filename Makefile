@@ -9,7 +9,7 @@ PARALLEL := --numprocesses=3 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wheel test-ray test-isa test-engine zoo fuzz coverage check lint types docs pictures format house bench bench-peers bench-arm64 clean
+.PHONY: help setup demo test test-wheel test-ray test-isa test-engine zoo fuzz faults coverage check lint types docs pictures format house bench bench-peers bench-arm64 clean
 
 help:           ## show this list
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,8 @@ demo: $(READY)  ## convert the bundled model and show the result
 test: $(READY)  ## lint, types, tests
 	@marks=; command -v chromium >/dev/null || { marks="not browser"; \
 		echo "no chromium here: tests marked browser are left out"; }; \
+	command -v cc >/dev/null || { marks="$${marks:+$$marks and }not faults"; \
+		echo "no cc here: tests marked faults are left out"; }; \
 	printed=$$(mktemp); $(MAKE) --no-print-directory check >"$$printed" 2>&1 & check=$$!; \
 	failed=0; $(BIN)/python -m pytest $(PARALLEL) -m "$$marks" || failed=$$?; \
 	wait $$check || failed=$$?; cat "$$printed"; rm "$$printed"; exit $$failed
@@ -73,6 +75,9 @@ zoo: $(READY)   ## convert 210 tiny checkpoints of all families with six recipes
 	@$(BIN)/python -m tests.zoo.run
 	@$(BIN)/python -m tests.zoo.logits
 	@$(BIN)/python -m tests.zoo.roles
+
+faults: $(READY) ## 2,000 errors of system calls and 300 kills, one at a time (needs cc; up to an hour)
+	@$(BIN)/python benchmarks/faults.py
 
 MINUTES ?= 10
 

@@ -12,19 +12,21 @@ import select
 import signal
 import sys
 
+from quantcli.core.untrusted.names import printable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
     from typing import Any, NoReturn
 
-_INTERRUPTED = 130
+_INTERRUPTED, _NO_MEMORY = 130, 3
 _RESUMING = {"quantize", "calibrate", "pack", "release"}
 _PATIENCE = 0.4  # seconds that a command has to tidy up, and then to say so
 
 
 class _Signals:
-    """SIGINT and SIGTERM interrupt the run; a second one ends the process at once.
+    """SIGINT, SIGTERM, SIGHUP and SIGXCPU interrupt the run; a second one ends the process at once.
 
     While a command runs, an interrupt is a KeyboardInterrupt, after which the command tidies up. At
     any other time, and inside an import, it ends the process: an import that is cut short leaves
@@ -35,39 +37,51 @@ class _Signals:
     so in time. Nothing is lost by that: files are complete when they get their names, as they must be
     for a machine that loses its power.
 
-    kept: what later runs can use of this one, for the message; log: writes to the log without waiting.
+    When the command is over, a signal ends the process with the command's own code.
+
+    is_over: whether all work is done; kept: what later runs can use of this one, for the message;
+    log: writes to the log without waiting.
     """
 
     def __init__(self, argv: list[str]) -> None:
         self._argv = argv
-        resumes = " continues where it stopped" if argv[0] in _RESUMING else ""
-        self.fix = f"the same command again{resumes}"
         self.command_runs = False
+        self.code: int | None = None  # of the command, when it is over
+        self.is_over: Callable[[], bool] = bool
         self.kept: Callable[[], str] = str
         self.log: Callable[[str], object] = str
         self._last_words = _thread.allocate_lock()  # whoever has it writes the message
-        # a script that starts a command with `&` makes it ignore SIGINT
-        signals = (signal.SIGTERM, signal.SIGINT)
+        # a script that starts a command with `&` makes it ignore SIGINT, and `nohup` SIGHUP
+        signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXCPU)
         self._signals = [n for n in signals if signal.getsignal(n) is not signal.SIG_IGN]
         for number in self._signals:
             signal.signal(number, self._interrupt)
 
     def _interrupt(self, _: int, frame: FrameType | None) -> None:
         for number in self._signals:
-            signal.signal(number, lambda *_: os._exit(_INTERRUPTED))
+            signal.signal(number, lambda *_: os._exit(self._last_code))
+        if self.code is not None:
+            os._exit(self.code)
         if self.command_runs and not _is_importing(frame):
             raise KeyboardInterrupt
         if self.may_report():
-            self.report()
+            self.report(self.what, self.fix)
         self.tidy()
         os._exit(_INTERRUPTED)
+
+    @property
+    def _last_code(self) -> int:
+        return _INTERRUPTED if self.code is None else self.code
 
     def wait(self) -> None:
         """Start the thread that ends the process if the command does not."""
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        _thread.start_new_thread(self._wait, (reader,))
+        try:  # noqa: SIM105 - contextlib is an import
+            _thread.start_new_thread(self._wait, (reader,))
+        except RuntimeError:
+            pass  # no memory for a thread: the handlers must do
 
     def _wait(self, reader: int) -> None:
         while os.read(reader, 1)[0] not in self._signals:
@@ -75,11 +89,11 @@ class _Signals:
         for _ in range(2):  # until the command has tidied up, and then until it has said so
             if select.select([reader], [], [], _PATIENCE)[0]:
                 break  # a second signal
-            if self.may_report():
-                self.report()
+            if self.code is None and self.may_report():
+                self.report(self.what, self.fix)
                 self.tidy()
                 break
-        os._exit(_INTERRUPTED)
+        os._exit(self._last_code)
 
     def tidy(self) -> None:
         """Remove temporary files: functions for the end of the process do not run."""
@@ -97,27 +111,35 @@ class _Signals:
         kept = self.kept()
         return f"interrupted; kept: {kept}" if kept else "interrupted"
 
-    def report(self) -> None:
-        """Report an interrupt with system calls alone: what prints otherwise may be half imported."""
-        what = self.what
-        literal = "".join(c if c.isprintable() else repr(c)[1:-1] for c in what)
+    @property
+    def fix(self) -> str:
+        """What to do after it."""
+        if self.is_over():
+            return "nothing is left to do; `quantcli verify` checks it again"
+        return "the same command again" + (
+            " continues where it stopped" if self._argv[0] in _RESUMING else ""
+        )
+
+    def report(self, what: str, fix: str, code: int = _INTERRUPTED) -> None:
+        """Report an error with system calls alone: what prints otherwise may be half imported."""
+        literal = printable(what)
         quoted = f'"{what}"'
-        if self.kept():  # then the module is there
-            quoted = sys.modules["json"].dumps(what, ensure_ascii=False)
+        if json := sys.modules.get("json"):  # it is there if the message has names in it
+            quoted = json.dumps(what)
         document = f"""{{
   "ok": false,
   "schema_version": 1,
   "error": {{
     "what": {quoted},
     "where": null,
-    "fix": "{self.fix}"
+    "fix": "{fix}"
   }},
-  "exit_code": {_INTERRUPTED}
+  "exit_code": {code}
 }}
 """
         if "--json" in self._argv:
             _write(1, document)
-        lines = [f"error: {literal}", f"  fix: {self.fix}"]
+        lines = [f"error: {literal}", f"  fix: {fix}"]
         # clear the line of the progress, and show the cursor that it hides
         terminal = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""
         _write(2, terminal + "\n".join([*lines, ""]))
@@ -151,6 +173,13 @@ def entry() -> NoReturn:
         main()
     except SystemExit as end:
         code = end.code
+    except (MemoryError, ImportError, OSError, RuntimeError, SystemError):
+        if not (limited := sys.modules.get("quantcli.cli.terminal.limited")) or not limited.is_child():
+            raise
+        os._exit(_NO_MEMORY)  # the parent says more
+    ends = getattr(sys.modules.get("quantcli.cli.terminal.limited"), "ends", None)
+    if ends:
+        ends()
     if code != _INTERRUPTED:
         import atexit
 
@@ -183,6 +212,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         from quantcli.cli.terminal.streams import keep_streams
 
         keep_streams()
+        from quantcli.cli.terminal.limited import run_limited
+
+        if error := run_limited():
+            signals.report(error.what, error.fix or "", error.exit_code)
+            os._exit(error.exit_code)
         signals.wait()
 
     from quantcli.cli.process import run
@@ -191,7 +225,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(run(argv, signals))
     except KeyboardInterrupt:
         if signals.may_report():
-            signals.report()
+            signals.report(signals.what, signals.fix)
         sys.exit(_INTERRUPTED)
 
 

@@ -63,6 +63,7 @@ ENDS: dict[str, tuple[Callable[[Path], list[object]], int, str | None]] = {
     "expect": (lambda p: quantize(p, "out", "strict.yaml"), 1, "quantize --plan"),
     "recommend": (lambda p: ["recommend", TINY, "--for", "2x910B"], 0, "recommend MODEL"),
     "nothing fits": (lambda p: ["recommend", TINY, "--for", "4090:1GB"], 1, "recommend MODEL"),
+    "reproduce": (lambda p: ["reproduce", p / "good", "--model", p / "model"], 0, "reproduce"),
     "devices": (lambda p: ["recommend", "--devices"], 0, "recommend --devices"),
     "served": (lambda p: ["inspect", "--support", "--for", "310P"], 0, "inspect --support"),
     "auto": (lambda p: ["quantize", "auto", "--model", TINY, "--for", "4090", "--out", p / "out",

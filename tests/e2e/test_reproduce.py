@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 import quantcli
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.core.disk import sha256_of
+from quantcli.recipe.shipped import is_sample_text
 from quantcli.verification.again.whole import Whole
 from tests.e2e.calibrating import TEXT, write_tokenizer
 from tests.e2e.conftest import run_cli, snapshot
 from tests.tiny_models import make_tiny
 
 MANIFEST, RECIPE = "quantcli_manifest.json", "quantcli_recipe.yaml"
+SAMPLE = Path(__file__).parents[2] / "examples" / "calibration.txt"
 CALIBRATION = {"data": "text.txt", "samples": 4, "length": 16}
 GPTQ = {"name": "w4a16", "weight_rounding": "gptq", "group_size": 32}
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -250,8 +252,9 @@ def test_the_recipe_in_a_checkpoint_works_with_its_text_alone(
 
 def test_the_sample_text_is_found_by_its_hash(released: Released, tmp_path: Path) -> None:
     """A recipe in a checkpoint has no path of it."""
-    changes = {"calibration.samples": 2, "calibration.length": 16}
-    made = quantcli.quantize("w8a8_static", model=released.model, out=tmp_path / "out", set=changes)
+    assert is_sample_text(str(SAMPLE))
+    recipe = {"target": "ascend", **SCHEMES["static"], "calibration": CALIBRATION}
+    made = quantcli.quantize(recipe, model=released.model, out=tmp_path / "out", data=SAMPLE)
     assert quantcli.reproduce(made.out, released.model).ok
 
 
@@ -340,3 +343,14 @@ def test_what_does_not_say_how_it_was_made(
     change(out)
     result = released.reproduce(out)
     assert (result.code, result.json["error"]["what"].startswith(what)) == (2, True)
+
+
+def test_verify_compares_the_manifest_with_the_calibration(released: Released, tmp_path: Path) -> None:
+    out = released.copy("static", tmp_path)
+    assert run_cli("verify", out).code == 0
+    with resealed(out) as table:
+        table["calibration"]["tokenizer"]["tokenizer.json"] = "0" * 64
+        table["calibration"]["text"]["sha256"] = "1" * 64
+    findings = run_cli("verify", out, "--json").json["findings"]
+    errors = [(each["check"], each["where"]) for each in findings if each["severity"] == "error"]
+    assert errors == [("manifest", MANIFEST), ("manifest", "tokenizer.json")]

@@ -480,7 +480,7 @@ def bigger(tmp_path: Path) -> Box:
     return Box(tmp_path, make_llama(tmp_path / "model", layers=12), recipe, tmp_path / "out")
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_signals(bigger: Box, stop: signal.Signals) -> None:
     box = bigger
     undisturbed = Box(box.root, box.model, box.recipe, box.root / "undisturbed")

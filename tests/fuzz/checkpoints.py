@@ -216,6 +216,7 @@ def main(report: Callable[[str], None] = lambda text: print(text, flush=True)) -
         names = list(models)
         for number in range(options.first, options.first + options.count):
             name = names[number % len(names)]
+            print(f"\r{number} ", end="", file=sys.stderr, flush=True)
             work = root / "work"
             changed = change(models[name], work / "model", number)
             for command, arguments in commands(work / "model", root, work).items():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter, defaultdict
-from pathlib import Path
 
 from quantcli.calibration.methods.base import methods_of
 from quantcli.calibration.replay.skeleton import Skeleton
@@ -13,6 +11,8 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.remote.ahead import most_memory
 from quantcli.checkpoint.remote.file import RemoteFolder
 from quantcli.core.errors import InputError
+from quantcli.core.memory.limits import free_memory
+from quantcli.core.memory.shortage import check_memory
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.schemes.base import Scheme
 
@@ -60,7 +60,8 @@ def states_budget(skeleton: Skeleton, workers: int, limit: int | None, methods: 
     largest = max((skeleton.nbytes(i) * (2 if skeleton.converts(i) else 1) for i in layers), default=0)
     working = _working(skeleton.checkpoint, workers) + methods
     if limit is None:
-        return max(0, _free_memory() * 4 // 5 - largest - working)
+        check_memory(largest + working, "one decoder layer and its work")
+        return max(0, free_memory() * 4 // 5 - largest - working)
     if limit < largest + working:
         raise InputError(
             f"--max-memory {limit:,} bytes: one decoder layer and its work take {largest + working:,}",
@@ -75,13 +76,3 @@ def _working(checkpoint: Checkpoint, workers: int) -> int:
     widest = max((s.spec.row_nbytes for s in checkpoint.tensors.values()), default=0)
     remote = most_memory() if isinstance(checkpoint.path, RemoteFolder) else 0
     return workers * BATCH_TOKENS * widest * _COPIES + remote
-
-
-def _free_memory() -> int:
-    """Bytes that the machine could give."""
-    pages, size = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    try:
-        text = Path("/proc/meminfo").read_text()
-        return next(int(line.split()[1]) * 1024 for line in text.splitlines() if "MemAvailable" in line)
-    except (OSError, StopIteration, ValueError):
-        return pages * size

@@ -19,7 +19,6 @@ from quantcli.calibration.calibrate import Calibrator, Share
 from quantcli.calibration.memory import BATCH_TOKENS
 from quantcli.calibration.methods.base import methods_of
 from quantcli.calibration.replay.devices import (
-    is_out_of_memory,
     open_device,
     too_little_memory,
 )
@@ -46,6 +45,7 @@ from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.calibration.text.tokenizer import start_process
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
+from quantcli.core.memory.shortage import is_out_of_memory
 from quantcli.core.place import check_calibration, check_writable
 from quantcli.core.text import count
 from quantcli.planning.measured import Basis, Measured
@@ -310,7 +310,7 @@ def run_together(
             for share in shares:
                 share.store.forget()  # there is nothing to continue with
             raise
-        except (RuntimeError, MemoryError) as error:
+        except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise too_little_memory("a layer and its work", error, device) from None

@@ -153,7 +153,8 @@ class Store:
     def close(self) -> None:
         """Release the lock."""
         if self._fd >= 0:
-            os.close(self._fd)
+            with disk_errors(self.folder):
+                os.close(self._fd)
             self._fd = -1
 
 

@@ -31,6 +31,7 @@ from quantcli.checkpoint.files import (
 from quantcli.checkpoint.header import StoredTensor, read_header
 from quantcli.checkpoint.remote.file import RemoteFile, RemoteFolder, as_remote
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
+from quantcli.core.disk import ABSENT
 from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.text import count
@@ -120,14 +121,14 @@ class Checkpoint:
         for shard in self.shards:
             digest.update(f"{shard}\0{(self.path / shard).stat().st_size}\n".encode())
         config = self.path / CONFIG
-        digest.update(config.read_bytes() if config.is_file() else b"")
+        digest.update(read_bytes(config) if config.is_file() else b"")
         return digest.hexdigest()
 
     def plain_config(self) -> dict[str, bytes]:
         """config.json without its byte order mark, by its name; empty if there is no mark."""
         path = self.path / CONFIG
         marked = has_byte_order_mark(path)
-        return {CONFIG: path.read_bytes().removeprefix(codecs.BOM_UTF8)} if marked else {}
+        return {CONFIG: read_bytes(path).removeprefix(codecs.BOM_UTF8)} if marked else {}
 
     def specs(self) -> Iterator[TensorSpec]:
         """The spec of every tensor, in order."""
@@ -157,7 +158,9 @@ def must_be_unchanged(checkpoint: Checkpoint) -> None:
         file = checkpoint.path / name
         try:
             changed = _stamp(file) != stamp
-        except OSError:
+        except OSError as error:
+            if error.errno not in ABSENT:
+                raise MachineError(f"cannot read: {error.strerror}", where=str(file)) from None
             changed = True
         if changed:
             raise _changed(file)

@@ -8,7 +8,9 @@ import re
 import stat
 from pathlib import Path
 
+from quantcli.core.disk import ABSENT
 from quantcli.core.errors import InputError, MachineError
+from quantcli.core.untrusted.names import printable
 
 # The only index that engines read. Source: vllm 0.32.0,
 # model_executor/model_loader/weight_utils.py:476.
@@ -46,7 +48,7 @@ def list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
             relative = child.relative_to(root).as_posix() + "/"
             if not name.isprintable():
                 folders.remove(name)
-                left_out[ascii(relative)] = _UNPRINTABLE
+                left_out[f"'{printable(relative)}'"] = _UNPRINTABLE
             elif _is_hidden(name):
                 folders.remove(name)
                 left_out[relative] = _HIDDEN
@@ -58,7 +60,7 @@ def list_files(root: Path) -> tuple[dict[str, int], dict[str, str]]:
             child = Path(folder) / name
             relative = child.relative_to(root).as_posix()
             if not name.isprintable():
-                left_out[ascii(relative)] = _UNPRINTABLE
+                left_out[f"'{printable(relative)}'"] = _UNPRINTABLE
                 continue
             files[relative] = _contained(child, root)
             if reason := why_left_out(relative):
@@ -113,7 +115,9 @@ def _contained(file: Path, root: Path) -> int:
     try:
         target = file.resolve(strict=True)
         status = target.stat()
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError) as error:  # pathlib reports a circle of links as RuntimeError
+        if isinstance(error, OSError) and error.errno not in ABSENT:
+            raise MachineError(f"cannot read: {error.strerror}", where=str(file)) from None
         raise InputError("link leads nowhere", where=str(file), fix="fetch the file again") from None
     if not target.is_relative_to(root) and not hub_blob(target, root):
         raise InputError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,37 @@ def whole_manifest(content: bytes, sizes: Mapping[str, int]) -> dict[str, Any] |
     return dict(table.value) if whole and all(sizes.get(k) == n for k, n in listed.items()) else None
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a manifest says of a calibration; None for what it does not say."""
+
+    name: str | None = None
+    text: str | None = None
+    tokenizer: Mapping[str, str] | None = None
+    statistics: str | None = None
+    tool: str | None = None
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> Recorded:
+        """What its entry `calibration` says, which came with a checkpoint."""
+        block = manifest.get("calibration")
+        table = block if isinstance(block, dict) else {}
+        text = table.get("text")
+        text = text if isinstance(text, dict) else {}
+        values = text.get("name"), text.get("sha256"), table.get("statistics"), table.get("tool")
+        name, sha256, statistics, tool = (v if isinstance(v, str) else None for v in values)
+        files = table.get("tokenizer")
+        if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
+            files = None
+        return cls(name, sha256, files, statistics, tool)
+
+
 def has_recipe(table: Mapping[str, Any], path: Path) -> bool:
     """Whether the recipe of a manifest is the content of this file."""
     text = table.get("recipe")
     if not isinstance(text, str) or not path.is_file():
         return False
-    return path.read_bytes() == text.encode(errors="surrogatepass")  # halves of characters, as JSON has
+    return read_bytes(path) == text.encode(errors="surrogatepass")  # halves of characters, as JSON has
 
 
 def tool_of(packages: Mapping[str, str]) -> dict[str, Any]:

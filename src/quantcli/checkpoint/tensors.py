@@ -7,7 +7,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Protocol
 
@@ -153,7 +153,8 @@ def open_file(stored: StoredTensor) -> int:
 def close_file(fd: int) -> None:
     """Let go of what `open_file` gave."""
     if fd != _NOT_HERE:
-        os.close(fd)
+        with suppress(OSError):  # nothing was written
+            os.close(fd)
 
 
 class SharedReads(Protocol):

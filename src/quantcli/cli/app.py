@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -52,7 +53,10 @@ def _root(
     """Options of the tool itself."""
     if version:
         document = {"version": __version__}
-        Output(as_json=True).document(document) if as_json else typer.echo(f"quantcli {__version__}")
+        if as_json:
+            Output(as_json=True).document(document)
+        else:
+            sys.stdout.write(f"quantcli {__version__}\n")
         raise typer.Exit
     if as_json:
         raise InputError("--json needs a command before it", fix="quantcli COMMAND --json")

@@ -14,9 +14,10 @@ import typer
 
 from quantcli import __version__
 from quantcli.cli.terminal.fold import Table, fold, width_of
-from quantcli.cli.terminal.streams import drop
+from quantcli.cli.terminal.streams import drop, stdout_error
 from quantcli.core.errors import SCHEMA_VERSION, Exit, InputError, QuantError
 from quantcli.core.events import GOES_ON, Event
+from quantcli.core.untrusted.names import printable, visible_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,6 +38,8 @@ class Output:
         self.quiet = self.verbose = False
         self.log: Log | None = None
         self.kept: Callable[[], str] = str  # what later runs can use if this one ends now
+        self.is_over: Callable[[], bool] = bool  # whether all work is done
+        self.doing: Callable[[], str] = str  # what the run does, for errors that do not say it
         self._on_screen = True
 
     @cached_property
@@ -63,7 +66,7 @@ class Output:
             from quantcli.cli.terminal.log import Log
 
             self.log = Log(log_file, lambda text: self._say(f"warning: {text}", WARNING))
-            self._to_log(plain(f"quantcli {__version__}: {self.command}"))
+            self._to_log(printable(f"quantcli {__version__}: {self.command}"))
         self.quiet, self.verbose = quiet, verbose
 
     @property
@@ -79,8 +82,7 @@ class Output:
     def document(self, payload: Mapping[str, Any], error: QuantError | None = None) -> None:
         """Print the one JSON document of a `--json` run."""
         escaped = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
-        text = json.dumps(envelope(payload, error), indent=2, ensure_ascii=escaped) + "\n"
-        text = text.encode(errors="backslashreplace").decode()  # halves of characters, as JSON has them
+        text = visible_json(json.dumps(envelope(payload, error), indent=2, ensure_ascii=escaped)) + "\n"
         self._put(lambda: sys.stdout.write(text))
 
     def result(self, data: R, show: Callable[[Output, R], None], no: QuantError | None = None) -> None:
@@ -108,15 +110,15 @@ class Output:
 
         command: it is one to be pasted into a shell.
         """
-        text = plain(text)
+        text = printable(text)
         self._to_log(text)
         self._show(fold(text, width_of(self._data.file), command=command), style)
 
     def verbatim(self, text: str) -> None:
         """Print the text of a file, whose lines stay as they are."""
-        for line in text.splitlines():
+        for line in map(printable, text.splitlines()):
             self._to_log(line)
-            self._show(plain(line))
+            self._show(line)
 
     def _show(self, text: str, style: str = "", *, bold: bool = False) -> None:
         if self._on_screen:
@@ -136,6 +138,8 @@ class Output:
             sys.stdout.flush()
         except BrokenPipeError:
             drop(sys.stdout)
+        except OSError as error:
+            raise stdout_error(error) from None
 
     def message(self, text: str, style: str = "", *, command: bool = False) -> None:
         """Print a message for people, unless --quiet. style: of its first word.
@@ -151,7 +155,7 @@ class Output:
     def _say(
         self, text: str, style: str = "", *, on_screen: bool = True, command: bool = False
     ) -> None:
-        text = plain(text)
+        text = printable(text)
         self._to_log(text)
         if on_screen:
             from quantcli.cli.terminal.console import print_to
@@ -167,7 +171,7 @@ class Output:
     def log_progress(self, event: Event) -> None:
         """Only log an event about work that goes on, which a terminal shows in another way."""
         if event.kind in GOES_ON:
-            self._to_log(plain(str(event)))
+            self._to_log(printable(str(event)))
 
     def log_at_once(self, text: str) -> None:
         """Log a line while another thread may be at the log."""
@@ -188,7 +192,7 @@ class Output:
         """
         if not rows:
             return
-        table = Table(columns, [[plain(cell) for cell in row] for row in rows], right, whole)
+        table = Table(columns, [[printable(cell) for cell in row] for row in rows], right, whole)
         if self.log is not None:
             for (line,) in table.lines(None):
                 self._to_log(line)
@@ -219,7 +223,8 @@ class Output:
 
         if self.as_json:
             self.document({}, _Bug(repr(error), fix="report the traceback on stderr"))
-        text = "".join(traceback.format_exception(error))
+        lines = "".join(traceback.format_exception(error)).splitlines()
+        text = "".join(f"{printable(line)}\n" for line in lines)
         package = blamed(error) or f"quantcli {__version__}"
         text += f"\nthis is a bug in {package}: please report the lines above\n"
         self._to_log(text)
@@ -243,10 +248,3 @@ def envelope(payload: Mapping[str, Any], error: QuantError | None = None) -> dic
         "exit_code": int(error.exit_code if error else Exit.DONE),
         **payload,
     }
-
-
-def plain(text: str) -> str:
-    """A text without control characters: names are untrusted, and could contain escape codes."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

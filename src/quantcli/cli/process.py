@@ -30,13 +30,18 @@ class Signals(Protocol):
     """How an interrupt arrives."""
 
     command_runs: bool  # whether it is a KeyboardInterrupt
-    fix: str  # what to do after it
+    code: int | None  # of the command, when it is over
     kept: Callable[[], str]  # what later runs can use
+    is_over: Callable[[], bool]  # whether all work is done
     log: Callable[[str], object]
 
     @property
     def what(self) -> str:
         """The message."""
+
+    @property
+    def fix(self) -> str:
+        """What to do after it."""
 
     def may_report(self) -> bool:
         """Whether nobody else reports the interrupt."""
@@ -49,6 +54,7 @@ def run(argv: list[str], signals: Signals) -> int:
     """Run the command line `argv`, report its error if it has one, and return the exit code."""
     out = Output(as_json="--json" in argv, command=shlex.join(map(without_secrets, argv)))
     signals.kept, signals.log = lambda: out.kept(), out.log_at_once
+    signals.is_over = lambda: out.is_over()
     try:
         return _guarded(argv, signals, out)
     except QuantError as error:
@@ -56,15 +62,8 @@ def run(argv: list[str], signals: Signals) -> int:
     except BrokenPipeError:  # quantcli inspect MODEL | head
         drop(sys.stdout)
         return Exit.DONE
-    except OSError as error:  # one that nothing on the way turned into a better message
-        if error.filename is None:
-            return _reported(out, stdout_error(error))
-        from quantcli.core.disk import machine_error
-
-        return _reported(out, machine_error(error, Path(error.filename)))
-    except Exception as error:
-        out.bug(error)
-        return Exit.OUR_BUG
+    except Exception as error:  # one that nothing on the way turned into a better message
+        return _unforeseen(out, error)
     except BaseException as error:
         if not is_panic(error):
             raise
@@ -75,11 +74,27 @@ def run(argv: list[str], signals: Signals) -> int:
         out.close()
 
 
+def _unforeseen(out: Output, error: Exception) -> int:
+    """Report an error of the machine as such, and any other one as a bug."""
+    from quantcli.core.memory.shortage import is_out_of_memory, shortage
+
+    if is_out_of_memory(error):
+        return _reported(out, shortage(error, out.doing() or f"`quantcli {out.command.split()[0]}`"))
+    if isinstance(error, OSError):
+        from quantcli.core.disk import machine_error
+
+        named = error.filename
+        path = None if named is None or isinstance(named, int) else Path(os.fsdecode(named))
+        return _reported(out, machine_error(error, path))
+    out.bug(error)
+    return Exit.OUR_BUG
+
+
 def _reported(out: Output, error: QuantError) -> int:
     """Report an error, on stderr alone if standard output cannot be written."""
     try:
         out.error(error)
-    except OSError:
+    except (OSError, MachineError):
         out.error(error, document=False)
     try:
         sys.stdout.flush()
@@ -92,7 +107,8 @@ def _guarded(argv: list[str], signals: Signals, out: Output) -> int:
     """The exit code of a command, which interrupts as a KeyboardInterrupt reach."""
     try:
         signals.command_runs = True
-        return _run(argv, out)
+        signals.code = _run(argv, out)
+        return signals.code
     except (KeyboardInterrupt, Interrupted) as error:
         signals.command_runs = False
         if not signals.may_report():
@@ -112,7 +128,7 @@ def _run(argv: list[str], out: Output) -> int:
         from quantcli.cli.terminal.completion import complete
 
         sys.stdout.write(complete(group, argv))
-        sys.stdout.flush()
+        _flush()
         return Exit.DONE
     command = group.commands.get(argv[0])  # none of `quantcli --help`
     options = {option.name for option in command.params} if command else set()
@@ -122,9 +138,9 @@ def _run(argv: list[str], out: Output) -> int:
             check_stdout()
         with group.make_context("quantcli", [*argv], **shared) as context:  # click empties its list
             group.invoke(context)
-        sys.stdout.flush()
+        _flush()
     except typer.Exit as error:
-        sys.stdout.flush()
+        _flush()
         return error.exit_code
     except _UsageError as error:
         raise _usage_error(error, argv[0], group) from None
@@ -135,6 +151,16 @@ def _run(argv: list[str], out: Output) -> int:
 def _group() -> Any:
     """What typer makes of the functions of commands: it takes a while, and some processes run many."""
     return typer.main.get_command(app)
+
+
+def _flush() -> None:
+    """Flush standard output. BrokenPipeError if nobody reads it, MachineError for another failure."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise stdout_error(error) from None
 
 
 def _usage_error(error: Any, name: str, group: Any) -> InputError:

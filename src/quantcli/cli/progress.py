@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from quantcli.cli.output import Output, plain
+from quantcli.cli.output import Output
 from quantcli.core.events import GOES_ON, Event, Events, Progress
+from quantcli.core.untrusted.names import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -79,7 +80,7 @@ def fitted(event: Event, width: int) -> Text:
     room = max(1, width - 1)
     for name in ("", *_DROPPED):
         figures.pop(name, None)
-        line = Text(plain(" · ".join(filter(None, [text, *figures.values()]))))
+        line = Text(printable(" · ".join(filter(None, [text, *figures.values()]))))
         if line.cell_len <= room:
             break
     line.truncate(room, overflow="ellipsis")
@@ -93,17 +94,22 @@ def fitted(event: Event, width: int) -> Text:
 @contextmanager
 def watch(out: Output) -> Iterator[Progress]:
     """Progress of the block: a line on a terminal, otherwise lines, which --quiet leaves out."""
+
+    def follow(events: Events) -> None:
+        out.kept, out.doing = lambda: events.kept, lambda: events.doing
+        out.is_over = lambda: events.is_over
+
     if out.quiet or not sys.stderr.isatty() or out.messages.is_dumb_terminal:
         events = Events(out.event)
         events.detailed = out.wants_details
-        out.kept = lambda: events.kept
+        follow(events)
         yield events
         return
     bar = Bar(out)
     events = Events(bar.receive, 1 / _REFRESHES)
     events.also(out.log_progress)
     events.detailed = out.wants_details
-    out.kept = lambda: events.kept
+    follow(events)
     try:
         yield events
     finally:

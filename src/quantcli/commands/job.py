@@ -14,7 +14,10 @@ from quantcli.checkpoint.encoded import decoded_kinds
 from quantcli.checkpoint.hub import HUB_ID, Pending, display_name, find_model, locate
 from quantcli.core.cluster.executor import TASK_WORKERS, Executor
 from quantcli.core.errors import InputError
+from quantcli.core.memory.shortage import check_memory
+from quantcli.core.text import count
 from quantcli.core.threads import default_workers
+from quantcli.core.untrusted.names import utf8_fault
 
 if TYPE_CHECKING:
     from quantcli.calibration.session import Session
@@ -147,6 +150,8 @@ def make_job(
     if not options.parts:  # else it is the disks of the nodes that matter
         room = out.room(shards, (part.nbytes(plan) if part else plan.nbytes) - sum(shards))
     memory = memory_estimate(plan, options.workers) + out.memory(plan.shards)
+    if options.executor is None:
+        check_memory(memory, f"this conversion with {count(options.workers, 'worker')}")
     return Job(plan, out, options, room, memory, done, session, part)
 
 
@@ -275,8 +280,14 @@ def describe(session: Session) -> dict[str, Any]:
 
 
 def with_text(overrides: tuple[str, ...], data: str | None) -> tuple[str, ...]:
-    """Changes of a recipe, and the text of --data, which wins over them."""
-    return overrides if data is None else (*overrides, f"calibration.data={json.dumps(data)}")
+    """Changes of a recipe, and the text of --data, which wins over them. InputError for a name that is
+    not UTF-8."""
+    if data is None:
+        return overrides
+    if (fault := utf8_fault(data)) is not None:
+        fix = "give the file another name: the manifest of the output holds it"
+        raise InputError(f"the name of the text {fault}", where="--data", fix=fix)
+    return (*overrides, f"calibration.data={json.dumps(data)}")
 
 
 @dataclass(frozen=True)

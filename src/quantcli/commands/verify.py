@@ -13,6 +13,7 @@ from quantcli.checkpoint.files import PART
 from quantcli.core.disk import check_file, write_file
 from quantcli.core.errors import InputError, named
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.place import expanded
 from quantcli.verification.options import VerifyOptions
 
 if TYPE_CHECKING:  # pydantic is slow to load
@@ -81,7 +82,7 @@ def _check_cards(options: VerifyOptions, folders: list[Path]) -> None:
     from quantcli.verification.report.card import check_card
 
     for folder, name in zip(folders, options.checkpoints, strict=True):
-        if folder != Path(name).expanduser():
+        if folder != expanded(name):
             what, fix = "--card writes into a folder on this machine", "give a folder"
             raise InputError(what, where=str(name), fix=fix)
         check_card(folder)

@@ -6,7 +6,6 @@ it, with the journal of what is done; a shard sink takes its shards.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from quantcli.checkpoint.remote.address import address_of, public_form, scheme_o
 from quantcli.checkpoint.remote.stores import SCHEMES
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.place import expanded
 
 if TYPE_CHECKING:
     from typing import Self
@@ -41,7 +41,7 @@ def destination_of(out: str | Path, progress: Progress = SILENT) -> Destination:
     if address is None:
         from quantcli.convert.folder import LocalFolder
 
-        return LocalFolder(Path(os.path.expanduser(out)))  # noqa: PTH111 - Path's raises without a home
+        return LocalFolder(expanded(out))
     if scheme in SCHEMES:
         from quantcli.convert.objects.place import object_place
 

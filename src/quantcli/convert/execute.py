@@ -215,6 +215,9 @@ def _finish(order: Order[W], run: ShardRun, draft: Draft, options: RunOptions) -
     # again: OUT may exist by now, and without the journal no later run could reuse the shards
     order.out.check(plan.checkpoint.path, force=options.force)
     draft.publish()
+    run.progress.keeps(f"{order.out}, which is complete", lasting=True)
+    if not order.name:
+        run.progress.over()
     if missing := problem():
         notes += (f"compiled kernels are not used ({missing}): the conversion takes longer",)
     return Written(order.out, files, run.reused, plan, notes)

@@ -10,14 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from quantcli.checkpoint.files import JOURNAL, MANIFEST
 from quantcli.checkpoint.manifest import whole_manifest
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.convert.destination import Destination, Draft, Entry, Room, ShardSink, Start
-from quantcli.convert.journal import Journal, check_folder, discard, remove_folder
-from quantcli.convert.publish import check_destination, only_ours, publish, replaced_folder
+from quantcli.convert.journal import Journal, check_folder, discard, only_ours, remove_folder
+from quantcli.convert.publish import (
+    check_destination,
+    is_exchanged,
+    keep_exchanged,
+    publish,
+    replaced_folder,
+)
 from quantcli.core.disk import disk_errors, file_entry, sync_folder, write_file
 from quantcli.core.place import check_space, partial_folder
 
@@ -104,7 +110,7 @@ class LocalFolder(Destination):
 
     def done(self, head: dict[str, Any] | None) -> int:
         """Number of whole shards in OUT.partial. Raises what `check_folder` raises."""
-        return check_folder(self.partial, head)
+        return 0 if is_exchanged(self.partial, self.path) else check_folder(self.partial, head)
 
     def links(self, files: Sequence[Path]) -> bool:
         """Whether all files are on the disk that OUT goes to."""
@@ -121,6 +127,8 @@ class LocalFolder(Destination):
 
     def begin(self, start: Start) -> FolderDraft:
         """Open or begin OUT.partial, under a lock."""
+        if start.force:
+            keep_exchanged(self.partial, self.path)
         if start.fresh:
             remove_folder(self.partial)
         return FolderDraft(self, Journal(self.partial, start.head), start.force)
@@ -278,15 +286,18 @@ def _link(source: Path, place: Path) -> bool:
     return True
 
 
+def _read(reader: BinaryIO, source: Path) -> bytes:
+    with disk_errors(source):
+        return reader.read(_CHUNK)
+
+
 def copy_file(source: Path, place: Path) -> None:
     """Copy a file's bytes, with the permissions of a new file; durable, whole or not at all."""
     temporary = place.with_name(f".{place.name}.writing")
-    with disk_errors(source):
-        reader = source.open("rb")
-    with reader, disk_errors(place):
+    with disk_errors(source), source.open("rb") as reader, disk_errors(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as writer:
-            while chunk := reader.read(_CHUNK):
+            while chunk := _read(reader, source):
                 writer.write(chunk)
             writer.flush()
             os.fsync(writer.fileno())

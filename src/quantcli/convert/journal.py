@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
+from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART, SIGNATURE
 from quantcli.core.disk import disk_errors, lock
 from quantcli.core.errors import InputError
 from quantcli.core.untrusted.names import file_name_fault
-from quantcli.core.untrusted.tables import Table, parse_table
+from quantcli.core.untrusted.tables import Table, parse_table, read_table
 
 _FRESH = "run with --fresh to start over, or remove the directory"
 HEAD = {"plan", "checksum", "source"}
@@ -82,8 +82,9 @@ class Journal:
     def close(self) -> None:
         """Let go of the lock; the journal stays unless it was removed."""
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            fd, self._fd = self._fd, -1
+            with disk_errors(self.path):
+                os.close(fd)
 
 
 def check_folder(folder: Path, head: dict[str, Any] | None) -> int:
@@ -129,12 +130,26 @@ def discard(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
+def only_ours(folder: Path) -> bool:
+    """Whether a directory holds nothing but what its manifest lists, so that it may be deleted."""
+    with disk_errors(folder):
+        listing = folder / (PART if (folder / PART).is_file() else MANIFEST)
+        if not listing.is_file():
+            return not any(folder.iterdir())
+        try:
+            names = [*read_table(listing).table("files"), SIGNATURE]
+            files = {folder / name for name in names} | {listing}
+        except InputError:
+            return False
+        return all(path in files or path.is_dir() for path in folder.rglob("*"))
+
+
 def _check_ours(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise InputError("path exists and is not a directory", where=str(folder), fix="move it away")
     with disk_errors(folder):
         names = {entry.name for entry in folder.iterdir()}
-    if names and not names & {JOURNAL, MANIFEST, PART}:
+    if names and JOURNAL not in names and not only_ours(folder):
         raise InputError(
             "folder is not the work of an interrupted run: it has no journal",
             where=str(folder),

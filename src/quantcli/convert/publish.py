@@ -6,12 +6,11 @@ import ctypes
 import os
 from pathlib import Path
 
-from quantcli.checkpoint.files import MANIFEST, PART, SIGNATURE
-from quantcli.convert.journal import discard
+from quantcli.checkpoint.files import JOURNAL, MANIFEST, PART
+from quantcli.convert.journal import discard, only_ours
 from quantcli.core.disk import disk_errors, sync_folder
-from quantcli.core.errors import InputError, QuantError
-from quantcli.core.place import OTHER_OUT, as_our_errors, check_ancestor, partial_folder
-from quantcli.core.untrusted.tables import read_table
+from quantcli.core.errors import InputError
+from quantcli.core.place import OTHER_OUT, as_our_errors, check_ancestor, expanded, partial_folder
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -20,17 +19,6 @@ _RENAME_EXCHANGE = 2
 def replaced_folder(out: Path) -> Path:
     """Where `--force` moves a directory that holds more than a checkpoint of ours."""
     return out.with_name(out.name + ".replaced")
-
-
-def only_ours(folder: Path) -> bool:
-    """Whether a directory holds nothing but what its manifest lists, so that it may be deleted."""
-    listing = folder / (PART if (folder / PART).is_file() else MANIFEST)
-    try:
-        names = [*read_table(listing).table("files"), SIGNATURE]
-        files = {folder / name for name in names} | {listing}
-    except QuantError:
-        return not any(folder.iterdir())
-    return all(path in files or path.is_dir() for path in folder.rglob("*"))
 
 
 def check_destination(out: Path, model: Path, *, force: bool, what: str = "the model") -> None:
@@ -48,7 +36,7 @@ def _check(out: Path, model: Path, force: bool, what: str) -> None:
         raise InputError(f"output directory is {what} directory", where=str(out), fix=OTHER_OUT)
     if real.is_relative_to(model):
         raise InputError(f"output directory is inside {what} directory", where=str(out), fix=OTHER_OUT)
-    home = Path(os.path.expanduser("~")).resolve()  # noqa: PTH111 - Path's raises without a home
+    home = expanded("~").resolve()
     protected = {model: what, Path.cwd(): "the current directory", home: "your home"}
     for path, word in protected.items():
         if path.is_relative_to(real):
@@ -77,15 +65,39 @@ def publish(partial: Path, out: Path, *, force: bool) -> None:
         if force and out.exists():
             foreign = not only_ours(out)
             _exchange(partial, out)
-            sync_folder(out.parent)
             if foreign:
                 partial.rename(replaced_folder(out))
-            else:
+            sync_folder(out.parent)
+            if not foreign:
                 discard(partial)
         elif out.exists():  # made by someone else while we worked
             raise InputError("output directory exists", where=str(out), fix="run again with --force")
         else:
             partial.rename(out)
+        sync_folder(out.parent)
+
+
+def is_exchanged(partial: Path, out: Path) -> bool:
+    """Whether `partial` is an old `out` that `publish` has exchanged but, interrupted, not renamed.
+
+    It holds a listing of ours and files that are not ours.
+    """
+    with disk_errors(partial):
+        listed = any((partial / name).is_file() for name in (MANIFEST, PART))
+        left = listed and out.exists() and not (partial / JOURNAL).exists()
+    return left and not only_ours(partial)
+
+
+def keep_exchanged(partial: Path, out: Path) -> None:
+    """Give an old `out` that was exchanged its new name. InputError if that is taken."""
+    if not is_exchanged(partial, out):
+        return
+    with disk_errors(partial):
+        kept = replaced_folder(out)
+        if os.path.lexists(kept):
+            what = "what --force has replaced cannot be kept: its new name is taken"
+            raise InputError(what, where=str(kept), fix="move it away")
+        partial.rename(kept)
         sync_folder(out.parent)
 
 

@@ -15,6 +15,7 @@ from quantcli.convert.shards import ShardRun, memory_estimate
 from quantcli.core.errors import QuantError
 from quantcli.core.events import Progress
 from quantcli.core.extents import EXTENT
+from quantcli.core.memory.shortage import is_out_of_memory, shortage
 from quantcli.core.text import count, size
 from quantcli.planning.block import JOB_BYTES, Surveys
 from quantcli.planning.plan import Item, Shard, Work
@@ -95,7 +96,7 @@ class _Together:
                 try:
                     run.work(queue, task, self._surveys, self.stopped)
                 except BaseException as error:
-                    queue.fail(task, error)
+                    queue.fail(task, _explained(error, task))
                 finally:
                     queue.let_go()
 
@@ -134,6 +135,13 @@ class _Together:
         """Close the shards that are still under way. No worker may be at one."""
         for queue in self._queues.values():
             queue.close()
+
+
+def _explained(error: BaseException, task: Task) -> BaseException:
+    """An error of a job; one for want of memory names the tensor."""
+    if task.job is None or isinstance(error, QuantError) or not is_out_of_memory(error):
+        return error
+    return shortage(error, "a row block", f"`{task.job.item.source.spec.name}`")
 
 
 def shared_nbytes(workers: int, plans: int, items: Iterable[Item]) -> int:

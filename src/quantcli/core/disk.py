@@ -17,6 +17,8 @@ from blake3 import blake3
 from quantcli.core.errors import InputError, MachineError
 
 _HASH_BYTES = 2**20
+# errors of a path that leads nowhere; all others are the machine's
+ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -109,11 +111,12 @@ def _read(path: Path, digest: Any, start: int = 0, stop: int | None = None) -> N
 
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with disk_errors(folder):
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 @contextmanager
@@ -125,7 +128,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise machine_error(error, path) from None
 
 
-def machine_error(error: OSError, path: Path) -> MachineError:
+def machine_error(error: OSError, path: Path | None) -> MachineError:
     """An error of the operating system, with the path and a fix."""
     again = "run the same command again: it continues where it stopped"
     fixes = {
@@ -135,10 +138,15 @@ def machine_error(error: OSError, path: Path) -> MachineError:
         errno.EPERM: "check the permissions of the folder, or choose another --out",
         errno.EROFS: "the file system is read-only: choose another --out",
         errno.EMFILE: "raise the limit of open files (ulimit -n)",
+        errno.ENFILE: f"close other programs: the machine has too many open files; {again}",
+        errno.EFBIG: f"raise the limit of file sizes (ulimit -f), or take another file system; {again}",
+        errno.ENOMEM: f"free some memory, or give fewer --workers; {again}",
     }
     reason = error.strerror or str(error)
     fix = fixes.get(error.errno or 0, f"remove the cause and {again}")
-    return MachineError(reason[:1].lower() + reason[1:], where=str(path), fix=fix)
+    return MachineError(
+        reason[:1].lower() + reason[1:], where=None if path is None else str(path), fix=fix
+    )
 
 
 def lock(fd: int, folder: Path, *, shared: bool = False) -> None:
@@ -154,4 +162,4 @@ def lock(fd: int, folder: Path, *, shared: bool = False) -> None:
         ) from None
     except OSError as error:
         if error.errno not in {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}:
-            raise
+            raise machine_error(error, folder) from None

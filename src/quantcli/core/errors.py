@@ -4,7 +4,7 @@
     |-- AnswerNo        1      the command ran, and the answer is no
     |-- InputError      2      the recipe, the model or the command line must change
     |-- MachineError    3      the machine must change: disk, permissions, memory, device
-    `-- Interrupted   130      Ctrl-C or SIGTERM
+    `-- Interrupted   130      Ctrl-C, SIGTERM, SIGHUP or SIGXCPU
 
 Any other exception that reaches the command line is a bug in this tool; the command exits with 70.
 """
@@ -112,7 +112,7 @@ class MachineError(QuantError):
 
 
 class Interrupted(QuantError):
-    """Ctrl-C or SIGTERM (exit 130)."""
+    """Ctrl-C, SIGTERM, SIGHUP or SIGXCPU (exit 130)."""
 
     exit_code = Exit.INTERRUPTED
 

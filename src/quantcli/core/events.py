@@ -48,6 +48,9 @@ class Progress:
         lasting: whether that stays so, whatever is kept next to it later.
         """
 
+    def over(self) -> None:
+        """All work is done; only words about it are left."""
+
     def begin(self, nbytes: int, files: int, noun: str = "shard") -> None:
         """Work on bytes begins: bytes to read, number of files to complete; noun: what these are."""
 
@@ -219,6 +222,7 @@ class Events(Progress):
 
     receive:  takes every event; one about work that goes on at most every `interval` seconds.
     kept:     what a later run can use if this one ends now; empty if nothing.
+    is_over:  whether all work is done.
     """
 
     receive: Callable[[Event], None]
@@ -230,6 +234,7 @@ class Events(Progress):
         self._bytes, self._layers = _Bytes(), _Layers()
         self._in_layers = False
         self.kept = ""
+        self.is_over = False
         self._lasting: list[str] = []
         self.detailed = True
 
@@ -260,6 +265,17 @@ class Events(Progress):
         if lasting:
             self._lasting.append(what)
         self.kept = "; ".join([*self._lasting, *([] if lasting else [what])])
+
+    def over(self) -> None:
+        """No event: it matters if the run is interrupted."""
+        self.is_over = True
+
+    @property
+    def doing(self) -> str:
+        """What the run does now, for an error: `layer 3/32, rounding`, or a phase; empty if unknown."""
+        layers = self._layers
+        of_layers = f"layer {layers.index + 1}/{layers.total}" if self._in_layers else ""
+        return ", ".join(filter(None, [of_layers, layers.phase]))
 
     def begin(self, nbytes: int, files: int, noun: str = "shard") -> None:
         """A terminal shows it at once, in place of what was before; lines only what follows."""

@@ -299,7 +299,8 @@ class ExtentFile(Assembly):
         self._fd = self._piece_fd = -1
         for fd in fds:
             if fd >= 0:  # closed twice, it could be another thread's file by then
-                os.close(fd)
+                with disk_errors(self._path):
+                    os.close(fd)
 
     def _memory(self, number: int) -> memoryview | None:
         return None if number in self._scattered else self._buffers.take()

@@ -18,6 +18,11 @@ OTHER_OUT = "choose another --out"
 _ANOTHER = "choose another folder: --out of `calibrate`, --calibration of `quantize` and `release`"
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with the home of a user in place of `~` or `~user`; as it is if there is no such home."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises RuntimeError without a home
+
+
 def partial_folder(out: Path) -> Path:
     """Where a run writes before it is complete."""
     return out.with_name(out.name + ".partial")

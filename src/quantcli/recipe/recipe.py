@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from quantcli.checkpoint.roles import Role
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.numerics import Cache
+from quantcli.core.place import expanded
 from quantcli.core.registry import discover
 from quantcli.core.untrusted.patterns import Expression
 from quantcli.core.untrusted.yaml_text import Place, write_yaml
@@ -178,7 +179,7 @@ class Recipe:
         given = self.document.is_overridden("calibration", "data")
         if block.data.startswith("datasets:") or given:
             return block.data
-        path = os.path.normpath(self.document.path.parent / Path(block.data).expanduser())
+        path = os.path.normpath(self.document.path.parent / expanded(block.data))
         there = os.path.isfile(path)  # noqa: PTH113 - false for a name that is too long
         if block.sha256 is not None and not there and is_sample_digest(block.sha256):
             return str(sample_text())

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ValidationError
 
 from quantcli.core.errors import InputError, one_of
+from quantcli.core.place import expanded
 from quantcli.core.untrusted.yaml_text import write_value
 from quantcli.recipe.document import Assignment, Document, document_of, load_document
 from quantcli.recipe.fields import Block, Calibration, FileVersion, Verify
@@ -228,14 +229,14 @@ def _default_name(document: Document, place: Sequence[str | int], recipe: str) -
 def _recipe(document: Document, recipe: str) -> str:
     """A recipe as seen from here: a file that exists next to the release's, or else what it says."""
     path = _from_here(document, recipe)
-    return path if Path(path).is_file() else recipe
+    return path if os.path.isfile(path) else recipe  # noqa: PTH113 - false for a name that is too long
 
 
 def _from_here(document: Document, text: str) -> str:
     """A path that is relative to the release file."""
     if text.startswith("datasets:"):
         return text
-    return os.path.normpath(document.path.parent / Path(text).expanduser())
+    return os.path.normpath(document.path.parent / expanded(text))
 
 
 def _assignments(

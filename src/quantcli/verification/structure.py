@@ -22,7 +22,7 @@ from quantcli.checkpoint.files import (
     has_byte_order_mark,
 )
 from quantcli.checkpoint.head import generates, lm_head
-from quantcli.checkpoint.manifest import read_manifest, tool_text
+from quantcli.checkpoint.manifest import Recorded, read_manifest, tool_text
 from quantcli.core.errors import InputError, QuantError, named
 from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.core.registry import discover
@@ -114,6 +114,7 @@ def _open(path: Path) -> Structure:
         try:
             manifest = read_manifest(checkpoint.path)
             report.add(_manifest(checkpoint, manifest["files"]))
+            report.add(_calibrated_with(manifest))
             report.count("manifest", len(manifest["files"]))
         except InputError as error:
             report.add([of_error("manifest", error)])
@@ -247,6 +248,21 @@ def _manifest(checkpoint: Checkpoint, files: dict[str, dict[str, Any]]) -> Itera
             yield noted("manifest", "file is not in the manifest: it was added later", where=name)
         else:
             yield noted("manifest", "folder is not in the manifest: nothing in it is verified", name)
+
+
+def _calibrated_with(manifest: dict[str, Any]) -> Iterator[Finding]:
+    """Findings for a recipe with another text, and for tokenizer files that are others, than those of
+    the calibration."""
+    recorded = Recorded.of(manifest)
+    recipe = manifest.get("recipe")
+    if recorded.text is not None and isinstance(recipe, str) and recorded.text not in recipe:
+        what = f"the recipe does not name the calibration's text, whose sha256 is {recorded.text:.80}"
+        yield failed("manifest", what, MANIFEST, CONVERT)
+    for name, sha256 in (recorded.tokenizer or {}).items():
+        entry = manifest["files"].get(name, {})
+        if entry.get("sha256", sha256) != sha256:
+            what = "file is not the tokenizer's that the calibration had"
+            yield failed("manifest", what, name, CONVERT)
 
 
 def _files(checkpoint: Checkpoint, manifest: dict[str, Any] | None) -> Iterator[Finding]:

@@ -148,3 +148,17 @@ def test_notes_on_what_is_odd(
     found = open_checkpoint(make_model(tmp_path, {"model.safetensors": tensors}, config=config)).notes
     assert len(found) == len(notes)
     assert all(note.startswith(words) for note, words in zip(found, notes, strict=True))
+
+
+def test_a_pointer_is_fetched_and_a_damaged_file_is_fetched_again(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(InputError) as caught:
+        read_header(file)
+    assert caught.value.what == "file is a pointer of Git LFS, not the weights themselves"
+    assert caught.value.fix == "run `git lfs pull` in the model's folder"
+    file.write_bytes(b"1234567")
+    with pytest.raises(InputError) as caught:
+        read_header(file)
+    assert caught.value.what == "file has 7 bytes; a safetensors file has at least 8"
+    assert caught.value.fix == "the file is damaged or not a safetensors file: fetch it again"

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+import quantcli
 from quantcli.checkpoint.files import MANIFEST
 from quantcli.checkpoint.manifest import (
     encode_manifest,
+    has_recipe,
     read_manifest,
     read_sealed,
+    tool_of,
     tool_text,
     whole_manifest,
 )
@@ -86,6 +89,7 @@ def test_a_whole_manifest() -> None:
         b"", b"[]", b"{}", b"[" * 5000, b"\xff", encode_manifest({}), encode_manifest({"files": []}),
         encode_manifest({"files": {"a": {}}}), encode_manifest({"files": {"a": 3}}),
         encode_manifest(TABLE) + b" ", encode_manifest(TABLE).replace(b"x", b"y"),
+        encode_manifest(TABLE).replace(b"x", b"w"), encode_manifest({**TABLE, "recipe": 3}),
     ],
 )  # fmt: skip
 def test_a_damaged_manifest_is_none(content: bytes) -> None:
@@ -110,3 +114,40 @@ def test_a_manifest_of_other_files_is_none(sizes: dict[str, int]) -> None:
 )  # fmt: skip
 def test_the_versions_as_text(tool: Any, text: str) -> None:
     assert tool_text(tool) == text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"plan": 1}, {"target": ["ascend"]}, {"recipe": []}, {"source": "x"}, {"tool": 3},
+        {"source": {"fingerprint": 1}}, {"tool": {"version": 1}}, {"tool": {"packages": []}},
+        {"tool": {"packages": {"torch": 2}}}, {"files": {"a": {}}}, {"files": {"a": {"bytes": "3"}}},
+        {"files": {"a": {"bytes": 3, "sha256": 1}}}, {"files": {"a": {"bytes": 3, "blake3": 1}}},
+        {"files": {"../a": {"bytes": 3}}}, {"files": {"a" * 256: {"bytes": 3}}},
+    ],
+)  # fmt: skip
+def test_values_of_other_types_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Anyone can seal a manifest."""
+    (tmp_path / MANIFEST).write_bytes(encode_manifest({**TABLE, **change}))
+    with pytest.raises(InputError) as caught:
+        read_manifest(tmp_path)
+    assert str(caught.value.where).startswith(str(tmp_path / MANIFEST))
+    assert caught.value.fix == "copy the checkpoint again"
+
+
+def test_the_recipe_of_a_manifest_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    text = "target: é\n"
+    assert not has_recipe({"recipe": text}, file), "there is none"
+    file.write_text(text)
+    assert has_recipe({"recipe": text}, file)
+    assert not has_recipe({"recipe": text + " "}, file)
+    assert not has_recipe({"recipe": " " + text}, file)
+    assert not has_recipe({"recipe": text[:-1] + "!"}, file)
+    assert not has_recipe({"recipe": [text]}, file)
+    assert not has_recipe({}, file)
+
+
+def test_what_makes_a_checkpoint() -> None:
+    assert tool_of({}) == {"name": "quantcli", "version": quantcli.__version__}
+    assert tool_of({"plugin": "2"}) == {**tool_of({}), "packages": {"plugin": "2"}}

@@ -161,7 +161,7 @@ def test_no_descriptor_is_lost(folder):
 @pytest.mark.parametrize("marker", [JOURNAL, MANIFEST])
 def test_ours_by_either_file(folder, marker):
     folder.mkdir(parents=True)
-    (folder / marker).touch()
+    (folder / marker).write_text('{"files": {"model.safetensors": {}}}' if marker == MANIFEST else "")
     (folder / "model.safetensors").touch()
     check_folder(folder, HEAD)
     Journal(folder, HEAD).close()

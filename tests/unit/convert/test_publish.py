@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from quantcli.checkpoint.files import JOURNAL, MANIFEST
+from quantcli.convert import publish as publishing
+from quantcli.convert.destination import Start
+from quantcli.convert.folder import LocalFolder
+from quantcli.convert.journal import check_folder
 from quantcli.convert.publish import check_destination, publish
 from quantcli.core.errors import InputError, MachineError
 from quantcli.core.place import check_space, partial_folder
@@ -193,3 +198,47 @@ def test_old_directory_comes_back_where_the_new_cannot_go(tmp_path, made, monkey
     assert names(tmp_path / "out") == ["old"]
     assert names(made) == ["new"]
     assert names(tmp_path) == ["out", "out.partial"]
+
+
+def checkpoint(folder: Path, *others: str) -> Path:
+    """A folder with a manifest of one file, and files that it does not list."""
+    folder.mkdir()
+    (folder / MANIFEST).write_text(json.dumps({"files": {"config.json": {"bytes": 2}}}))
+    for name in ("config.json", *others):
+        (folder / name).write_text("{}")
+    return folder
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_kill_between_the_exchange_and_the_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, partial = checkpoint(tmp_path / "out", "notes.txt"), checkpoint(tmp_path / "out.partial")
+    monkeypatch.setattr(publishing, "replaced_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        publish(partial, out, force=True)
+    monkeypatch.undo()
+    assert (partial / "notes.txt").exists()
+    with pytest.raises(InputError, match="not the work of an interrupted run"):
+        check_folder(partial, None)
+
+    with LocalFolder(out).begin(Start({"plan": "p", "checksum": True, "source": {}}, [], force=True)):
+        assert (tmp_path / "out.replaced" / "notes.txt").exists()
+        assert [path.name for path in partial.iterdir()] == [JOURNAL]
+
+
+def test_a_name_that_is_taken(tmp_path: Path) -> None:
+    out, partial = checkpoint(tmp_path / "out"), checkpoint(tmp_path / "out.partial", "notes.txt")
+    (tmp_path / "out.replaced").mkdir()
+    with pytest.raises(InputError, match="its new name is taken"):
+        publishing.keep_exchanged(partial, out)
+    assert (partial / "notes.txt").exists()
+
+
+def test_what_was_exchanged_is_no_work_of_a_run(tmp_path):
+    checkpoint(tmp_path / "out")
+    checkpoint(tmp_path / "out.partial", "notes.txt")
+    assert LocalFolder(tmp_path / "out").done({"plan": "p"}) == 0

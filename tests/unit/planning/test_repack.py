@@ -177,7 +177,7 @@ def test_what_lies_next_to_codes(tmp_path: Path) -> None:
     assert suffixes == {"weight", "weight_scale", "input_scale", "input_zero_point", "bias"}
     assert plan.floats == 3
     assert plan.sidecars["quantcli_source_recipe.yaml"] == manifest["recipe"].encode()
-    (tmp_path / MANIFEST).write_bytes(encode_manifest({**manifest, "recipe": [1]}))
+    (tmp_path / MANIFEST).write_bytes(encode_manifest({**manifest, "recipe": None}))
     again = plan_repacking(open_checkpoint(tmp_path), discover(Target)[CT]())
     assert "quantcli_source_recipe.yaml" not in again.sidecars
 

@@ -3,6 +3,7 @@
 import pytest
 
 from quantcli.core.errors import InputError
+from quantcli.recipe.recipe import load_recipe
 from quantcli.recipe.release import RELEASE, read_release
 from quantcli.recipe.written import read_recipe
 
@@ -128,3 +129,15 @@ def test_a_mapping_is_a_release_too():
     assert written.entries[0].where == f"{RELEASE}, `checkpoints.0`"
     with pytest.raises(InputError, match="unknown key `x`"):
         read_release({"checkpoints": ["a"], "x": 1})
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/text.txt", "a" * 5000])
+def test_paths_that_no_system_has(path: str) -> None:
+    """They are named when they are read; until then they are text."""
+    release = read_release(
+        {"checkpoints": [{"recipe": path, "name": "a"}], "calibration": {"data": path}}
+    )
+    assert release.entries[0].recipe == path
+    assert release.calibration[0] == f'calibration.data="{path}"'
+    recipe = {"target": "ascend", "rules": [{"match": "*", "scheme": "w8a8_static"}]}
+    assert load_recipe({**recipe, "calibration": {"data": path}}).data_path() == path

@@ -9,6 +9,7 @@ import torch
 
 from quantcli.calibration.resources import check_device
 from quantcli.core.errors import MachineError
+from quantcli.core.memory.shortage import shortage
 from quantcli.core.text import pip_install
 
 
@@ -54,24 +55,13 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error of torch is one of memory, of this machine or of a device.
-
-    Some versions of torch_npu raise a RuntimeError. Source: torch_npu at 9e73e708,
-    csrc/core/npu/NPUCachingAllocator.cpp:1377, csrc/framework/utils/NpuUtils.cpp:252.
-    """
-    message = str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "allocate memory" in message or "out of memory" in message
-
-
 def too_little_memory(who: str, error: Exception, device: torch.device) -> MachineError:
     """The error of `who`, to which a device has no memory to give."""
-    other = "" if device.type == "cpu" else ", or --device cpu"
+    if device.type == "cpu":
+        return shortage(error, who)
     return MachineError(
         f"memory of `{device.type}` does not suffice for {who}: {' '.join(str(error).split())[:200]}",
-        fix=f"take fewer --workers or a shorter calibration.length{other}",
+        fix="take fewer --workers or a shorter calibration.length, or --device cpu",
     )
 
 

@@ -24,6 +24,7 @@ from quantcli.calibration.text.tokenizer import quiet, with_torch
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.detect import must_run_alone
 from quantcli.core.errors import InputError, QuantError
+from quantcli.core.memory.shortage import machine_fault
 from quantcli.core.untrusted.bounded import Subject, run_bounded
 from quantcli.core.untrusted.server import Answer, Limits
 
@@ -81,6 +82,8 @@ def build_model(
         raise
     except Exception as error:
         where = order.bounds.where
+        if fault := machine_fault(error, "building the model", checkpoint.path):
+            raise fault from None
         raise _explain(error, checkpoint, where, trust_remote_code=trust_remote_code) from None
     built: nn.Module = model.eval()
     for module in built.modules():

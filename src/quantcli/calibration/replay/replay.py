@@ -27,13 +27,14 @@ from quantcli.calibration.replay.calls import (
     Shared,
     map_tensors,
 )
-from quantcli.calibration.replay.devices import is_out_of_memory, too_little_memory
+from quantcli.calibration.replay.devices import too_little_memory
 from quantcli.calibration.replay.outside import outside
 from quantcli.calibration.replay.skeleton import NO_DATA, Read, Skeleton
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.memory.shortage import is_out_of_memory, machine_fault
 from quantcli.core.threads import one_thread, set_one_thread
 
 T = TypeVar("T")
@@ -288,6 +289,8 @@ class Replay:
         message = " ".join(str(error).split())[:200]
         if is_out_of_memory(error):
             return too_little_memory(who, error, self.device)
+        if fault := machine_fault(error, who, self.skeleton.checkpoint.path):
+            return fault
         return InputError(
             f"{who} fails on text: {type(error).__name__}: {message}",
             where=str(self.skeleton.checkpoint.path),

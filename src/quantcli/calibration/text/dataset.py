@@ -26,8 +26,9 @@ from quantcli.calibration.text.documents import (
 from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.calibration.text.tokenizer import FETCH, Choice, Tokenizer, start_process
 from quantcli.checkpoint.remote.mounts import complete
-from quantcli.core.errors import InputError, MachineError
+from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.core.untrusted.patterns import glob_matches
+from quantcli.core.untrusted.tables import read_table
 
 _VOCABULARY = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 _TOKENIZER_FILES = (*_VOCABULARY, "tokeniz*", "vocab*", "merges*", "special_tokens_map.json",
@@ -218,7 +219,7 @@ def _digest(path: Path) -> str:
 def _names_tokenizer(config: Path) -> bool:
     """Whether the file names a class that may need no vocabulary, or has files of its own."""
     try:
-        table = json.loads(config.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        table = read_table(config)
+    except QuantError:
         return False
-    return isinstance(table, dict) and not table.keys().isdisjoint(("tokenizer_class", "auto_map"))
+    return "tokenizer_class" in table or "auto_map" in table

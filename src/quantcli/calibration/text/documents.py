@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.files import PICKLES
+from quantcli.core.disk import ABSENT
 from quantcli.core.environment import environment
 from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.place import expanded
 from quantcli.core.text import pip_install
 
 HUB = "datasets:"
@@ -28,7 +30,6 @@ MAX_BYTES = 2**26  # of text that is read; larger data is read in part, evenly
 PIECE = 2**20  # bytes that are read at once if only a part is read
 _GOLDEN = 11400714819323198485  # 2**64 in the golden section
 _NAMES = "datasets:ID, datasets:ID:CONFIG or datasets:ID:CONFIG:SPLIT"
-_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _NO_TEXT = (*PICKLES, ".safetensors", ".gguf", ".parquet", ".arrow", ".npy", ".npz", ".gz", ".zip")
 _KEYS = ("text", "inputs_pretokenized", "messages")  # the first that a record has counts
@@ -113,7 +114,7 @@ def _opened(data: str, where: str) -> Iterator[tuple[BufferedReader, Path]]:
         with path.open("rb") as file:
             yield file, path
     except OSError as error:
-        if error.errno in _ABSENT:
+        if error.errno in ABSENT:
             fix = "check the path: one in a recipe starts where that is, one on the command line here"
             raise InputError(f"{named} does not exist", where=where, fix=fix) from None
         what, fix = f"cannot read {named}: {error.strerror}", "check the file and its permissions"
@@ -122,9 +123,9 @@ def _opened(data: str, where: str) -> Iterator[tuple[BufferedReader, Path]]:
 
 def _stat(data: str) -> tuple[Path, os.stat_result]:
     try:
-        path = Path(data).expanduser()
+        path = expanded(data)
         return path, path.stat()
-    except (RuntimeError, ValueError):  # an unknown ~user, a character that no name can have
+    except ValueError:  # a character that no name can have
         raise FileNotFoundError(errno.ENOENT, "no such file") from None
 
 

@@ -19,7 +19,9 @@ from typing import Any
 
 from quantcli.calibration.text.documents import PIECE, Document, sentence
 from quantcli.core.errors import InputError, MachineError
+from quantcli.core.memory.shortage import is_out_of_memory, machine_fault, shortage
 from quantcli.core.untrusted.bounded import Subject, run_bounded, start
+from quantcli.core.untrusted.names import utf8_fault
 from quantcli.core.untrusted.panics import is_panic
 from quantcli.core.untrusted.server import Answer, Limits, at
 from quantcli.core.untrusted.tables import parse_json
@@ -220,6 +222,8 @@ def _encode(tokenizer: Any, document: Document, enough: int | None = None) -> ar
     except (MemoryError, InputError):
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise shortage(error, "the model's tokenizer", document.where) from None
         what = f"the model's tokenizer refuses this text: {sentence(error)}"
         fix = "correct the text or take it out"
         if not isinstance(document.content, str) and not getattr(tokenizer, "chat_template", None):
@@ -260,6 +264,9 @@ def _load(model: Path, trust_remote_code: bool) -> Any:
     import transformers
 
     at(str(model / "tokenizer.json"))
+    if (of_path := utf8_fault(str(model))) is not None:  # compiled code opens the files
+        what = f"the model's tokenizer cannot be loaded: its path {of_path}"
+        raise InputError(what, where=str(model), fix="give the folder another name")
     try:
         # AutoTokenizer goes by the model's type before the class that the files name, and splits text
         # in another way than the tokenizer.json that came with the model
@@ -272,6 +279,8 @@ def _load(model: Path, trust_remote_code: bool) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # whatever its files make the library stumble over
+        if fault := machine_fault(error, "the model's tokenizer", model):
+            raise fault from None
         if not trust_remote_code and "trust_remote_code" in str(error):
             what = "the model's tokenizer is code that came with the model"
             fix = "`--trust-remote-code` runs that code: give it only if you trust its author"

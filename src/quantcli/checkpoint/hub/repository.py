@@ -12,6 +12,7 @@ from quantcli.checkpoint.checkpoint import CONFIG, STAGES, choose_files
 from quantcli.checkpoint.files import INDEX, JOURNAL, PART, STALE, why_left_out
 from quantcli.checkpoint.remote.origin import MAX_FILES, is_inside, unfinished
 from quantcli.core.errors import InputError, QuantError
+from quantcli.core.place import expanded
 
 FIRST = (CONFIG, INDEX, STAGES, PART)  # say which of the other files are needed
 ASK_TIMEOUT = 10.0  # seconds until the Hub has to answer
@@ -137,4 +138,4 @@ def remember(repository: Repository, revision: str | None) -> None:
 def _home(name: str) -> Path:
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{name.replace('/', '--')}"
+    return expanded(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"

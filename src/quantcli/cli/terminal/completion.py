@@ -16,6 +16,7 @@ from typing import Any
 
 from quantcli.cli.terminal.environment import COMPLETE
 from quantcli.core.errors import InputError
+from quantcli.core.place import expanded
 
 _BASH = """\
 _quantcli() {
@@ -61,7 +62,7 @@ def install() -> tuple[Path, Path | None]:
     Returns the script's file, and the file that reads it; None if the shell finds it by itself.
     """
     shell = _shell()
-    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path's raises without a home
+    home = expanded("~")
     if shell == "fish":
         base = _base("XDG_CONFIG_HOME", home / ".config")
         return _written(base / "fish" / "completions" / "quantcli.fish", shell), None

@@ -25,7 +25,7 @@ from quantcli.core.disk import check_file, write_file
 from quantcli.core.errors import AnswerNo, InputError, MachineError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.text import pip_install
-from quantcli.core.untrusted.names import printable
+from quantcli.core.untrusted.names import printable, visible_json
 from quantcli.core.untrusted.tables import Table
 from quantcli.planning.card.source import kept, read_source_card
 
@@ -53,7 +53,7 @@ class Bom(Result):
     @property
     def text(self) -> str:
         """The document as the content of a file."""
-        return json.dumps(self.bom, indent=2, ensure_ascii=False) + "\n"
+        return visible_json(json.dumps(self.bom, indent=2, ensure_ascii=False)) + "\n"
 
 
 @takes()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.files import MANIFEST, RECIPE_FILE
 from quantcli.checkpoint.hub import find_model
-from quantcli.checkpoint.manifest import has_recipe, read_manifest, tool_of, tool_text
+from quantcli.checkpoint.manifest import Recorded, has_recipe, read_manifest, tool_of, tool_text
 from quantcli.commands.api import resources_of
 from quantcli.commands.job import open_model
 from quantcli.commands.keywords import PathLike, Reproducing, path_of, takes
@@ -26,6 +26,7 @@ from quantcli.core.cluster.executor import TASK_WORKERS
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.place import expanded
 from quantcli.core.text import count
 
 if TYPE_CHECKING:
@@ -81,31 +82,7 @@ class Attempt:
     @cached_property
     def recorded(self) -> Recorded:
         """What the manifest says of the calibration."""
-        return Recorded.of(self.manifest.get("calibration"))
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """What a manifest says of a calibration; None for what it does not say."""
-
-    name: str | None = None
-    text: str | None = None
-    tokenizer: Mapping[str, str] | None = None
-    statistics: str | None = None
-    tool: str | None = None
-
-    @classmethod
-    def of(cls, block: Any) -> Recorded:
-        """The entry `calibration` of a manifest, which came with the checkpoint."""
-        table = block if isinstance(block, dict) else {}
-        text = table.get("text")
-        text = text if isinstance(text, dict) else {}
-        values = text.get("name"), text.get("sha256"), table.get("statistics"), table.get("tool")
-        name, sha256, statistics, tool = (v if isinstance(v, str) else None for v in values)
-        files = table.get("tokenizer")
-        if not isinstance(files, dict) or not all(isinstance(v, str) for v in files.values()):
-            files = None
-        return cls(name, sha256, files, statistics, tool)
+        return Recorded.of(self.manifest)
 
 
 @takes(Reproducing)
@@ -189,7 +166,7 @@ def _begin(wish: Wish, progress: Progress) -> Attempt:
     named = source.get("id")
     if isinstance(named, str):  # the card says it, wherever the model is now
         checkpoint = replace(checkpoint, hub_id=named)
-    place = Path(wish.checkpoint).expanduser()
+    place = expanded(wish.checkpoint)
     if place.is_dir():
         place = place.resolve()
         work = place.with_name(place.name + FOLDER)

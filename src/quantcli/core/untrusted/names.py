@@ -26,12 +26,28 @@ def _visible(character: str) -> str:
     return repr(character)[1:-1]
 
 
+def visible_json(text: str) -> str:
+    """JSON text whose strings have escapes in place of invisible characters: it says the same, and a
+    terminal shows all of it."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else _json_escape(c) for c in text)
+
+
+def _json_escape(character: str) -> str:
+    code = ord(character)
+    if code < 0x10000:
+        return f"\\u{code:04x}"
+    high, low = divmod(code - 0x10000, 0x400)
+    return f"\\u{0xD800 + high:04x}\\u{0xDC00 + low:04x}"
+
+
 def utf8_fault(text: str) -> str | None:
     """Why a text cannot stand in a file of UTF-8; None if it can."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return f"`{printable(text):.200}` is not UTF-8"
+        return f"`{printable(text)[-200:]}` is not UTF-8"
     return None
 
 

@@ -6,20 +6,25 @@ import itertools
 import re
 from collections.abc import Collection, Sequence
 
+from quantcli.core.untrusted.names import printable
+
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|&#~!$])")
-# Characters that move a terminal's cursor, and those that reorder text on a screen.
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+# Characters that move a terminal's cursor, that reorder text on a screen, and letters that none shows.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f"
+    "\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return _SPECIAL.sub(r"\\\1", _on_one_line(text))
+    return _SPECIAL.sub(r"\\\1", printable(text))
 
 
 def code(text: str) -> str:
     """A code span, which may stand in a table."""
-    text = _on_one_line(text)
+    text = printable(text)
     fence = "`" * (_longest_run(text) + 1)
     space = " " if "`" in text else ""
     return f"{fence}{space}{text}{space}{fence}".replace("|", "\\|")
@@ -52,10 +57,6 @@ def unquote(text: str) -> str:
     """The Markdown in the block quote that a text begins with."""
     quoted = itertools.takewhile(lambda line: line.startswith(">"), lines_of(text.lstrip("\n")))
     return "\n".join(line[1:].removeprefix(" ") for line in quoted)
-
-
-def _on_one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _longest_run(text: str) -> int:

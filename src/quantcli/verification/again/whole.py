@@ -6,7 +6,6 @@ of tensors are computed again and compared at once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from quantcli.checkpoint.header import StoredTensor, read_header
 from quantcli.core.disk import disk_errors, file_entry, sha256_of
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
+from quantcli.core.untrusted.tables import parse_table
 from quantcli.planning.block import Job, Surveys, compute, jobs_of, read_calibrated
 from quantcli.planning.card.figures import replaced
 from quantcli.planning.plan import Item, Shard, Work
@@ -227,8 +227,9 @@ def _texts(name: str, stored: bytes, planned: bytes) -> tuple[str, str]:
     """What two contents of a generated file differ in: a key of JSON, else a line."""
     if name.endswith(".json"):
         try:
-            change = change_of(json.loads(stored), json.loads(planned))
-        except (ValueError, RecursionError):
+            tables = [parse_table(content, name).value for content in (stored, planned)]
+            change = change_of(tables[0], tables[1])
+        except InputError:
             change = None
         if change is not None:
             return _halves(change)

@@ -87,7 +87,7 @@ def _recover(folder: Path) -> None:
             content = (folder / CARD).read_bytes()
             sha256 = table.table("files").table(CARD).text("sha256")
             is_its_card = sha256 == hashlib.sha256(content).hexdigest()
-        except (InputError, OSError):
+        except (InputError, FileNotFoundError):
             is_its_card = False
         if is_its_card:
             _seal(folder)

@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from quantcli.core.untrusted.names import printable
+
 NOT_REACHED = {
     "full": "weights were not read (--full)",
     "against": "nothing was compared with the source (--against MODEL)",
@@ -20,8 +22,7 @@ _LAYER = re.compile(r"\b(?:layers|layer|blocks|block|h)\.([0-9]{1,6})\b")
 def literal(text: object, limit: int = 2000) -> str:
     """One line of limited length, without control characters, bidirectional marks, lone surrogates."""
     whole = str(text)
-    printable = "".join(c if c.isprintable() else repr(c)[1:-1] for c in whole[:limit])
-    return printable + "…" if len(whole) > limit else printable
+    return printable(whole[:limit]) + ("…" if len(whole) > limit else "")
 
 
 def one_line(text: str) -> str:

@@ -1,0 +1,51 @@
+"""Untrusted names at their limits."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantcli.core.untrusted.names import file_name_fault, printable, tensor_name_fault
+
+
+@pytest.mark.parametrize("name", ["a", "a" * 512, "é" * 256])
+def test_names_of_tensors(name: str) -> None:
+    assert tensor_name_fault(name) is None
+
+
+@pytest.mark.parametrize("name", ["a" * 513, "é" * 256 + "b"])
+def test_long_names_of_tensors(name: str) -> None:
+    fault = f"tensor name starting {name[:40]!r} is over 512 bytes"
+    assert tensor_name_fault(name) == fault
+
+
+LONGEST = "/".join(["a" * 255] * 16)  # 4,095 bytes
+
+
+@pytest.mark.parametrize("name", ["a", "a/b", "a" * 255, "é" * 127, LONGEST, "..a/b..", ".a"])
+def test_names_of_files(name: str) -> None:
+    assert file_name_fault(name) is None
+    assert (file_name_fault(name, folders=False) is None) == ("/" not in name)
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 256, "é" * 128, "a/" + "b" * 256, LONGEST.replace("a/", "/b/", 1)]
+)
+def test_long_names_of_files(name: str) -> None:
+    fault = file_name_fault(name)
+    assert fault == f"file name `{name:.40}` is longer than a disk takes"
+
+
+@pytest.mark.parametrize("name", ["", "/a", "a/", "a//b", ".", "a/.", "..", "a/../b"])
+def test_names_of_files_outside_of_a_folder(name: str) -> None:
+    assert file_name_fault(name) == f"file name `{name}` is not one inside the folder"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\udc80", "\\x80"), ("\udcff", "\\xff"), ("\udc7f", "\\udc7f"), ("\udd00", "\\udd00"),
+        ("\x9b", "\\x9b"), ("\u202e", "\\u202e"), ("é a", "é a"), ("a\nb", "a\\nb"), ("'\t", "'\\t"),
+    ],
+)  # fmt: skip
+def test_what_a_screen_shows(text: str, shown: str) -> None:
+    assert printable(text) == shown
