@@ -9,7 +9,7 @@ PARALLEL := --numprocesses=3 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wheel test-ray test-isa test-engine zoo fuzz faults coverage check lint types docs pictures format house bench bench-peers bench-arm64 clean
+.PHONY: help setup demo test test-wheel test-ray test-isa test-engine zoo fuzz faults coverage mutants check lint types docs pictures format house bench bench-peers bench-arm64 clean
 
 help:           ## show this list
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -98,6 +98,10 @@ coverage: $(READY) ## branches of the code that reads folders and packs: all of 
 	@$(BIN)/python -m coverage run --branch -m pytest $(COVERING)
 	@$(BIN)/python -m coverage report --show-missing --fail-under=100 \
 		--include="$$(echo $(COVERED) | sed 's|^|src/quantcli/|; s|,|,src/quantcli/|g')"
+
+mutants: $(READY) ## small faults in the code that reads headers, checks names and packs (hours)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check cosmic-ray
+	@$(BIN)/python -m tests.fuzz.mutants
 
 check: lint types
 

@@ -147,6 +147,14 @@ class _Signals:
             self.log(line)
 
 
+def _is_limited() -> bool:
+    """Whether the process has a limit of memory."""
+    import resource
+
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return any(limit != resource.RLIM_INFINITY for limit in limits)
+
+
 def _is_importing(frame: FrameType | None) -> bool:
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
@@ -212,11 +220,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         from quantcli.cli.terminal.streams import keep_streams
 
         keep_streams()
-        from quantcli.cli.terminal.limited import run_limited
+        if _is_limited():
+            from quantcli.cli.terminal.limited import run_limited
 
-        if error := run_limited():
-            signals.report(error.what, error.fix or "", error.exit_code)
-            os._exit(error.exit_code)
+            if error := run_limited():
+                signals.report(error.what, error.fix or "", error.exit_code)
+                os._exit(error.exit_code)
         signals.wait()
 
     from quantcli.cli.process import run

@@ -310,10 +310,10 @@ def test_cli_refusal_is_one_document_too(model: Path, capsys: pytest.CaptureFixt
     assert json.loads(out) == {
         "ok": False,
         "schema_version": 1,
-        "error": {"what": problem, "where": str(model / INDEX), "fix": None},
+        "error": {"what": problem, "where": str(model / INDEX), "fix": "fetch the file again"},
         "exit_code": 2,
     }
-    assert err == f"error: {problem}\n  --> {model / INDEX}\n"
+    assert err == f"error: {problem}\n  --> {model / INDEX}\n  fix: fetch the file again\n"
 
 
 def test_cli_survives_a_hostile_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

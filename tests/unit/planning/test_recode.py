@@ -333,3 +333,16 @@ def test_a_format_without_quant_bias(static: Repack) -> None:
     packed = recode(replace(static, origin=Sixteen()), CompressedTensors(), stored, 0, None)
     assert float(packed["input_scale"]) == 0.5
     assert int(packed["input_zero_point"]) == -7
+
+
+def test_a_quotient_next_to_one_that_the_engine_holds(static: Repack) -> None:
+    """float16 engines hold deq_scale in few bits, so that the float32 next to such a number is none."""
+    stored = stored_static(static, 0.5)
+    stored["weight_scale"][:] = 0.5
+    stored["weight_scale"][3] = 2 * torch.nextafter(torch.tensor(0.25), torch.tensor(1.0))
+    if serving(static) == torch.bfloat16:
+        assert recode(static, ascend(), stored, 0, None)
+        return
+    with pytest.raises(InputError, match="would be rounded: ascend holds deq_scale") as caught:
+        recode(static, ascend(), stored, 0, None)
+    assert caught.value.where == f"`{NAME}.weight_scale`[3] in model.safetensors"

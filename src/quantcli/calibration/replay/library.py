@@ -24,7 +24,7 @@ from quantcli.calibration.text.tokenizer import quiet, with_torch
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
 from quantcli.checkpoint.detect import must_run_alone
 from quantcli.core.errors import InputError, QuantError
-from quantcli.core.memory.shortage import machine_fault
+from quantcli.core.memory.shortage import is_out_of_memory, machine_fault
 from quantcli.core.untrusted.bounded import Subject, run_bounded
 from quantcli.core.untrusted.server import Answer, Limits
 
@@ -153,10 +153,10 @@ def tried(order: _Order, folder: str) -> Answer:
     try:
         with quiet():
             _build(order, Path(folder))
-    except (MemoryError, QuantError):
+    except QuantError:
         raise
     except Exception as error:
-        if "allocate memory" in str(error):  # by torch
+        if is_out_of_memory(error):
             raise MemoryError from None
     return {}, b""
 
