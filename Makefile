@@ -9,18 +9,20 @@ PARALLEL := --numprocesses=3 --dist=loadfile
 DEMO := build/tiny-qwen3-w8a8
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-wheel test-ray test-isa test-engine zoo fuzz faults coverage mutants check lint types docs pictures format house bench bench-peers bench-arm64 clean
+.PHONY: help setup demo test test-wheel test-ray test-isa test-engine zoo fuzz faults coverage mutants check lint types docs lock pictures format house bench bench-peers bench-arm64 clean
 
 help:           ## show this list
 	@grep -E '^[a-z0-9-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## create the environment in .venv
 
-$(READY): pyproject.toml constraints.txt
+# The lock has hashes of all but torch, whose build depends on the machine; what is left comes after it.
+$(READY): pyproject.toml constraints.txt requirements.lock
 	@echo "setting up .venv (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "quantcli needs Python 3.11 or later: make PYTHON=python3.11 ...")'
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY)  ## convert the bundled model and show the result
@@ -115,6 +117,9 @@ types: $(READY) ## mypy, strict
 docs: $(READY)  ## regenerate docs/cli.md and docs/recipe.schema.json
 	@$(BIN)/python docs/generate.py
 
+lock: $(READY)  ## requirements.lock and docs/licences.md, after a change of dependencies (needs uv)
+	@PATH="$(BIN):$$PATH" $(BIN)/python docs/lock.py
+
 pictures: $(READY) ## make the pictures of README.md again (needs chromium)
 	@$(BIN)/python docs/pictures.py
 
@@ -126,7 +131,7 @@ house:          ## figures of the source tree against their bars
 	@$(PYTHON) benchmarks/house.py
 
 BENCHMARKS := weight_error int4 startup plan outliers determinism isa memory speed as_run breakdown verify pages \
-	packages bitflips kill interrupt live calibration perplexity flatquant gptq sources experts cluster release remote
+	packages bitflips kill interrupt live calibration perplexity flatquant gptq sources experts cluster release remote trust
 
 bench: $(READY) ## run every benchmark of quantcli alone (about an hour, 10 GB of disk)
 	@for script in $(BENCHMARKS); do \

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import quantcli
-from quantcli.checkpoint.files import INDEX, JOURNAL, MANIFEST
+from quantcli.checkpoint.files import INDEX, JOURNAL, MANIFEST, SIGNATURE
 from quantcli.checkpoint.remote import reading
 from quantcli.convert.destination import Start
 from quantcli.convert.objects import bucket as buckets
@@ -24,6 +24,7 @@ from tests.builders import make_model
 from tests.e2e.conftest import CONFIG, RECIPE, Result, llama, run_cli, snapshot
 from tests.object_faults import CUT, LOST, between
 from tests.object_server import Objects
+from tests.signing import write_key
 
 COLUMNS = """\
 target: gptq
@@ -388,3 +389,16 @@ def test_a_release_into_a_bucket(place: Place, tmp_path: Path) -> None:
     damaged = run_cli(*words, "--out", place.address)
     assert damaged.code == 2
     assert "holds something else, or a damaged checkpoint" in damaged.err.replace("\n  ", " ")
+
+
+def test_a_signature_comes_before_the_manifest_and_goes_with_its_checkpoint(place, tmp_path):
+    write_key(tmp_path / "key.pem")
+    assert place.run("--sign", tmp_path / "key.pem").code == 0
+    assert SIGNATURE in place.content()
+    verify = ["verify", place.address, "--identity", tmp_path / "key.pub", "--json"]
+    result = run_cli(*verify)
+    assert result.code == 0
+    counts = {check["name"]: check["checked"] for check in result.json["checks"]}
+    assert counts["signature"] == len(place.content()) - 1
+    assert place.run("--force").code == 0
+    assert SIGNATURE not in place.content()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.message
+import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -398,6 +399,71 @@ def manifest(folder: Path) -> Read:
             lambda: whole_manifest(data, {"config.json": 2}),
             lambda: verify_structure(folder),
         )
+
+    return read
+
+
+def _statement() -> dict[str, Any]:
+    """A statement over two files, in pieces."""
+    pieces = [("a.txt:0:3", "1" * 64), ("a.txt:3:5", "2" * 64), ("b c/d:0:9", "3" * 64)]
+    whole = hashlib.sha256(bytes.fromhex("".join(digest for _, digest in pieces))).hexdigest()
+    resources = [{"name": n, "algorithm": "sha256-sharded-3", "digest": d} for n, d in pieces]
+    how = {"method": "shards", "hash_type": "sha256", "shard_size": 3.0, "ignore_paths": ["model.sig"]}
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": "x", "digest": {"sha256": whole}}],
+        "predicateType": "https://model_signing/signature/v1.0",
+        "predicate": {"serialization": how, "resources": resources},
+    }
+
+
+@reader(
+    "json",
+    lambda: [json.dumps(_statement()).encode()],
+    ("files", "shards", "sha256", "blake3", "../x", "a:0:1", "a:1:0", "a:0:99999999999999999999", "::"),
+)
+def statement(folder: Path) -> Read:
+    """What a signature is over; its digest is right if it can be."""
+    from quantcli.checkpoint.signature.bundle import read_statement
+
+    def read(data: bytes) -> object:
+        with suppress(ValueError, AttributeError, TypeError, KeyError, IndexError, RecursionError):
+            table = json.loads(data)
+            digests = "".join(each["digest"] for each in table["predicate"]["resources"])
+            whole = hashlib.sha256(bytes.fromhex(digests)).hexdigest()
+            table["subject"][0]["digest"]["sha256"] = whole
+            data = json.dumps(table).encode()
+        return read_statement(data, "model.sig")
+
+    return read
+
+
+def _signatures() -> list[bytes]:
+    """Signatures of a key, and of certificates."""
+    from quantcli.checkpoint.signature.bundle import bundle_bytes
+    from quantcli.checkpoint.signature.keys import Signer
+    from tests.signing import issue
+
+    payload, root = json.dumps(_statement()).encode(), issue("root", ca=True)
+    leaf = issue("signer", root)
+    signers = Signer(leaf.key), Signer(leaf.key, (leaf.certificate, root.certificate))
+    return [bundle_bytes(signer.sign(payload)) for signer in signers]
+
+
+@reader("json", _signatures, ("MAAA", "AAAA", "application/vnd.in-toto+json"), 20_000)
+def signature(folder: Path) -> Read:
+    """The file of a signature, checked against a key and a certificate of others."""
+    from quantcli.checkpoint.signature.bundle import read_bundle
+    from quantcli.checkpoint.signature.keys import Identity, Untrusted
+    from tests.signing import issue
+
+    other = issue("other", ca=True)
+    identity = Identity((other.key.public_key(),), (other.certificate,))
+
+    def read(data: bytes) -> object:
+        with suppress(Untrusted):
+            return identity.check(read_bundle(data, "model.sig"))
+        return None
 
     return read
 

@@ -94,6 +94,13 @@ Sign = Annotated[
         help="Sign the output; certificates may be in the key's file. See `quantcli sign`.",
     ),
 ]
+HashModel = Annotated[
+    bool,
+    typer.Option(
+        "--hash-model",
+        help="Also record the hashes of MODEL's weight files, which are read once more for it.",
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option("--report", metavar="FILE.html", help="Also write one page with charts."),

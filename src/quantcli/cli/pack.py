@@ -47,6 +47,7 @@ def pack(
     force: options.Force = False,
     checksum: options.Checksum = True,
     sign: options.Sign = None,
+    hash_model: options.HashModel = False,
 ) -> None:
     """Write a quantized checkpoint in another format.
 
@@ -66,7 +67,8 @@ def pack(
     from quantcli.commands.job import JobOptions, signer_of
 
     if merge:
-        refused = {"--target": target is not None, "--set": bool(set_), "--no-checksum": not checksum}
+        refused = {"--target": target is not None, "--set": bool(set_), "--no-checksum": not checksum,
+                   "--hash-model": hash_model}  # fmt: skip
         if option := next((name for name, is_given in refused.items() if is_given), None):
             raise InputError(f"--merge does not take {option}", fix=_MERGE)
         from quantcli.convert import merge as merging
@@ -102,7 +104,9 @@ def pack(
             target,
             out,
             overrides=set_ or (),
-            options=JobOptions(workers, fresh, force, checksum, signer=signer_of(sign)),
+            options=JobOptions(
+                workers, fresh, force, checksum, signer=signer_of(sign), hash_model=hash_model
+            ),
             progress=planning,
         )
     modules = count(sum(line.modules for line in job.plan.lines), "module")

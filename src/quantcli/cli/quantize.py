@@ -51,6 +51,7 @@ def quantize(
     force: options.Force = False,
     checksum: options.Checksum = True,
     sign: options.Sign = None,
+    hash_model: options.HashModel = False,
     calibration: options.Calibration = None,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
@@ -88,7 +89,15 @@ def quantize(
             out=out,
             overrides=chosen.overrides,
             options=jobs.JobOptions(
-                workers, fresh, force, checksum, calibration, part, resources.executor, signer
+                workers,
+                fresh,
+                force,
+                checksum,
+                calibration,
+                part,
+                resources.executor,
+                signer,
+                hash_model,
             ),
             progress=planning,
         )

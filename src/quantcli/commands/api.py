@@ -119,6 +119,7 @@ def quantize(
     force:       replace `out` once the new checkpoint is complete.
     checksum:    hash every file for the manifest.
     sign:        a private key in PEM, which signs the checkpoint; its certificates may be in its file.
+    hash_model:  also record the hashes of the model's weight files, which are read once more for it.
     calibration: the folder of a calibration to use or to make; by default OUT.calibration.
     part:        "2/3": write only part 2 of 3, for `pack(..., merge=True)`; "nodes": each node of
                  `executor` writes one to its own disk, as notes of the result say.
@@ -207,6 +208,7 @@ def _plan(
             options["part"],
             parse_executor(options["executor"]),
             signer_of(options["sign"]),
+            options["hash_model"],
         ),
         examples=given.examples,
         progress=given.progress,
@@ -294,7 +296,7 @@ def pack(
     target:      the format to write, such as "compressed-tensors".
     out:         the folder or the address to write, as of `quantize`.
     set:         options of the target.
-    on_progress, workers, fresh, force, checksum, sign: as of `quantize`.
+    on_progress, workers, fresh, force, checksum, sign, hash_model: as of `quantize`.
 
     Raises InputError for a checkpoint that the format cannot hold, and for parts that make no whole.
     """
@@ -305,8 +307,9 @@ def pack(
         from quantcli.convert import merge as merging
         from quantcli.convert.destination import destination_of
 
-        if target is not None or options["set"] or not options["checksum"]:
-            raise InputError("`merge` takes no `target`, `set` or `checksum`", fix="leave them out")
+        if target is not None or options["set"] or not options["checksum"] or options["hash_model"]:
+            what = "`merge` takes no `target`, `set`, `checksum` or `hash_model`"
+            raise InputError(what, fix="leave them out")
         folders = [checkpoint] if isinstance(checkpoint, str | os.PathLike) else checkpoint
         parts, place = [Path(folder) for folder in folders], destination_of(place_of(out))
         merge_job = merging.plan_merge(
@@ -324,7 +327,9 @@ def pack(
         target,
         place_of(out),
         overrides=assignments(options["set"]),
-        options=JobOptions(workers, fresh, force, options["checksum"], signer=signer),
+        options=JobOptions(
+            workers, fresh, force, options["checksum"], signer=signer, hash_model=options["hash_model"]
+        ),
         progress=progress,
     )
     written = commands.pack(job, progress)

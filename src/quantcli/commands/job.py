@@ -85,6 +85,7 @@ class JobOptions:
     part:        as in "2/3"; it goes to OUT.part-2-of-3. "nodes": each node of the cluster writes one.
     executor:    the cluster whose nodes write; None: threads of this process.
     signer:      signs the output; None: nobody does. InputError if there are no hashes to sign.
+    hash_model:  record the hashes of the model's weight files; InputError without `checksum`.
     """
 
     workers: int | None = None
@@ -95,16 +96,20 @@ class JobOptions:
     part: str | None = None
     executor: Executor | None = None
     signer: Signer | None = None
+    hash_model: bool = False
 
     def __post_init__(self) -> None:
-        if self.signer is None:
-            return
-        if self.part is not None:
+        if self.signer is not None and self.part is not None:
             what = "a part is not signed: the checkpoint is, when its parts are joined"
             fix = "give --sign to `quantcli pack --merge`"
             raise InputError(what, where=f"--part {self.part}", fix=fix)
-        if not self.checksum:
-            what = "--sign needs the hashes that --no-checksum leaves out"
+        if self.hash_model and self.part is not None:
+            what = "--hash-model reads all of the model, and a part only its share"
+            raise InputError(what, where=f"--part {self.part}", fix="leave one of them out")
+        asked = {"--sign": self.signer is not None, "--hash-model": self.hash_model}
+        refused = [] if self.checksum else [option for option, is_asked in asked.items() if is_asked]
+        if refused:
+            what = f"{refused[0]} needs the hashes that --no-checksum leaves out"
             raise InputError(what, fix="leave one of them out")
 
     def of_run(self) -> RunOptions:
@@ -117,7 +122,14 @@ class JobOptions:
             workers = min(workers, TASK_WORKERS)
         parts = self.part == ON_NODES
         how = self.fresh, self.force, self.checksum
-        return RunOptions(workers, *how, executor=self.executor, parts=parts, signer=self.signer)
+        return RunOptions(
+            workers,
+            *how,
+            executor=self.executor,
+            parts=parts,
+            signer=self.signer,
+            hash_model=self.hash_model,
+        )
 
 
 USUAL = JobOptions()

@@ -80,6 +80,7 @@ class Planning(TypedDict, total=False):
     part: str | None
     executor: str
     sign: PathLike | None
+    hash_model: bool
     for_: str | None
 
 
@@ -112,6 +113,7 @@ class Packing(TypedDict, total=False):
     force: bool
     checksum: bool
     sign: PathLike | None
+    hash_model: bool
 
 
 class Verifying(TypedDict, total=False):
@@ -143,7 +145,7 @@ class Verifying(TypedDict, total=False):
 DEFAULTS: dict[str, Any] = {
     "set": (), "data": None, "workers": None, "fresh": False, "force": False, "checksum": True,
     "calibration": None, "part": None, "executor": "threads", "for_": None, "device": "cpu",
-    "max_memory": None, "trust_remote_code": False, "sign": None,
+    "max_memory": None, "trust_remote_code": False, "sign": None, "hash_model": False,
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from quantcli.core.errors import AccessError, InputError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.kernels.machine import announced, problem
 from quantcli.core.threads import thread_pool
+from quantcli.planning.files import weight_hashes
 from quantcli.planning.parts import Part, part_head
 from quantcli.planning.plan import Plan, Shard, Work
 
@@ -41,6 +42,7 @@ class RunOptions:
     executor:       the cluster whose nodes write shards; None: threads of this process do.
     parts:          each node of the cluster writes a part to a disk of its own.
     signer:         signs the checkpoint; None: nobody does. Needs `checksum`.
+    hash_model:     record the hashes of the model's weight files, too.
     """
 
     workers: int
@@ -51,6 +53,7 @@ class RunOptions:
     executor: Executor | None = None
     parts: bool = False
     signer: Signer | None = None
+    hash_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def execute_all(
             runs[number] = order, ShardRun(order.plan.target, draft, progress, *how), draft
         errors = _write([(order, run) for order, run, _ in runs.values()], options, progress)
         for (number, (order, run, draft)), error in zip(runs.items(), errors, strict=True):
-            results[number] = error or _finished(order, run, draft, options)
+            results[number] = error or _finished(order, run, draft, options, progress)
             # with other credentials a run can continue
             refused = isinstance(error, InputError) and not isinstance(error, AccessError)
             if refused and order.final:
@@ -156,6 +159,9 @@ def _begin(order: Order[Any], options: RunOptions, progress: Progress) -> Draft:
             where=f"`{plan.needs_data[0]}`",
             fix="run `quantcli calibrate` with this recipe and model first",
         )
+    if options.hash_model and plan.checkpoint.in_memory:
+        what = "a model in memory has no weight files, whose hashes could be recorded"
+        raise InputError(what, where="hash_model=True", fix="leave hash_model out, or give a folder")
     head = run_head(plan, checksum=options.checksum)
     files = planned_files(plan, order.part, signed=options.signer is not None)
     return order.out.begin(Start(head, files, options.fresh, options.force, progress))
@@ -184,16 +190,18 @@ def _spread(order: Order[W], run: ShardRun, executor: Executor, workers: int) ->
 
 
 def _finished(
-    order: Order[W], run: ShardRun, draft: Draft, options: RunOptions
+    order: Order[W], run: ShardRun, draft: Draft, options: RunOptions, progress: Progress
 ) -> Written[W] | QuantError:
     """The finished checkpoint, whose shards are all there; or the error."""
     try:
-        return _finish(order, run, draft, options)
+        return _finish(order, run, draft, options, progress)
     except QuantError as error:
         return error
 
 
-def _finish(order: Order[W], run: ShardRun, draft: Draft, options: RunOptions) -> Written[W]:
+def _finish(
+    order: Order[W], run: ShardRun, draft: Draft, options: RunOptions, progress: Progress
+) -> Written[W]:
     """Write all but the shards, and publish the draft."""
     plan, files, checksum = order.plan, run.files, options.checksum
     if order.part is None or order.part.carries:
@@ -201,8 +209,11 @@ def _finish(order: Order[W], run: ShardRun, draft: Draft, options: RunOptions) -
             files[name] = draft.put(name, content, checksum=checksum)
         for name in plan.copies:
             files[name] = draft.copy(plan.checkpoint.path / name, name, checksum=checksum)
-    must_be_unchanged(plan.checkpoint)
     head = plan.manifest()
+    if options.hash_model:
+        hashes = weight_hashes(plan.checkpoint, options.workers, progress)
+        head["source"] = {**head["source"], "files": hashes}
+    must_be_unchanged(plan.checkpoint)  # what was hashed is then what was read
     notes: tuple[str, ...] = ()
     if order.part is None:
         files = close_signed(draft, order.out.name, listing(head, files), files, options.signer)

@@ -370,7 +370,8 @@ class Work:
                 "fingerprint": self.checkpoint.fingerprint,
                 "tensors": len(self.checkpoint.on_disk),
                 "bytes": self.checkpoint.nbytes,
-            },
+            }
+            | ({"files": found} if (found := self.checkpoint.weight_hashes) is not None else {}),
             "target": self.target.name,
             "serving_dtype": self.serving_dtype,
             "quantized_params_pct": round(self.quantized_params_pct, 4),

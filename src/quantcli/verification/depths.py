@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.files import SIGNATURE
 from quantcli.checkpoint.hub import find_model
 from quantcli.checkpoint.spec import FLOATS
@@ -13,8 +15,9 @@ from quantcli.core.cluster.cluster import Cluster
 from quantcli.core.cluster.executor import TASK_WORKERS
 from quantcli.core.errors import InputError, named
 from quantcli.core.events import SILENT, Progress
-from quantcli.core.findings import noted, of_error
+from quantcli.core.findings import Finding, failed, noted, of_error
 from quantcli.core.threads import default_workers
+from quantcli.core.untrusted.names import printable
 from quantcli.targets.base import StoredCheckpoint
 from quantcli.verification.compare import LOOSEST
 from quantcli.verification.content import maker_of, sizes_of
@@ -22,7 +25,7 @@ from quantcli.verification.limits import Limits, given_limits, own_limits
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.outcome import Report
 from quantcli.verification.spread.pool import Pool, weight_files
-from quantcli.verification.structure import verify_structure
+from quantcli.verification.structure import Structure, verify_structure
 
 if TYPE_CHECKING:
     from quantcli.verification.signature.identity import Signed
@@ -80,6 +83,7 @@ def verify(
     from quantcli.verification.reference import open_reference
 
     reference = open_reference(against)
+    report.add(_other_model(structure, reference.checkpoint, workers, progress))
     conversion = plan_again(structure, against, options.calibration)
     if options.run:
         from quantcli.verification.on_text.run import text_batches, text_source, verify_run
@@ -96,6 +100,20 @@ def verify(
     if options.run and not unreadable and not _unread(structure.stored):
         verify_run(structure, reference, batches, workers, progress, trust=trust)
     return report
+
+
+def _other_model(
+    structure: Structure, model: Checkpoint, workers: int, progress: Progress
+) -> Iterator[Finding]:
+    """An error if the model is the one that was converted by its headers, and has other weights."""
+    from quantcli.planning.files import other_weights
+
+    source = (structure.manifest or {}).get("source")
+    if not isinstance(source, dict) or source.get("fingerprint") != model.fingerprint:
+        return
+    if (name := other_weights(source.get("files"), model, workers, progress)) is not None:
+        what = "this file of MODEL is not the one that was converted, by its hash"
+        yield failed("source", what, printable(name), "give the model that was converted")
 
 
 def _signed(options: VerifyOptions, folder: Path, pool: Pool, progress: Progress) -> Signed:

@@ -75,6 +75,8 @@ def test_errors_of_the_system_are_told(tmp_path: Path) -> None:
     assert (caught.value.where, caught.value.fix) == (str(tmp_path), "fix")
     with pytest.raises(MachineError, match="no such file"), as_our_errors(tmp_path, "fix"):
         (tmp_path / "a").stat()
+    with pytest.raises(MachineError, match="not empty"), as_our_errors(tmp_path, "fix"):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
     with pytest.raises(InputError, match="form a circle") as caught, as_our_errors(tmp_path, "fix"):
         raise RuntimeError
     assert (caught.value.where, caught.value.fix) == (str(tmp_path), "fix")
@@ -168,3 +170,13 @@ def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(shutil, "disk_usage", fail)
     with pytest.raises(MachineError, match="input/output error"):
         check_space(tmp_path / "out", 0)
+
+
+def test_a_full_disk_can_still_be_written(tmp_path: Path, disk: dict[str, int]) -> None:
+    """As far as that goes: what is to come is not known yet."""
+    disk["free"] = 0
+    check_writable(tmp_path / "new")
+    (tmp_path / "a").mkdir()
+    with pytest.raises(MachineError) as caught:
+        check_spaces([(tmp_path / "a" / "out", 1), (tmp_path / "out", 1)])
+    assert caught.value.where == str(tmp_path / "a"), "the place of the first"

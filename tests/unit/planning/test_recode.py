@@ -139,6 +139,17 @@ def test_steps_of_inputs_are_those_of_a_multiplier(static: Repack) -> None:
     stored["weight_scale"] *= 3
     there = recode(static, ascend(), stored, 0, None)
     assert float(multiplier(there["input_scale"].to(serving(static)))) == 3
+    near = stored | {"input_scale": torch.tensor([(1 + 0.75 * 2.0**-20) / 3])}
+    again = recode(static, ascend(), near, 0, None)
+    assert torch.equal(again["input_scale"], there["input_scale"])
+    with pytest.raises(InputError, match="makes other steps than ascend can"):
+        recode(
+            static,
+            ascend(),
+            stored | {"input_scale": torch.tensor([(1 + 1.25 * 2.0**-20) / 3])},
+            0,
+            None,
+        )
     stored["input_scale"] = torch.tensor([0.1003])
     with pytest.raises(InputError, match="makes other steps than ascend can") as caught:
         recode(static, ascend(), stored, 0, None)
@@ -244,14 +255,14 @@ def stored_int4() -> dict[str, torch.Tensor]:
 
 def test_negative_scales_go_where_they_are_known(grouped: Repack) -> None:
     stored = stored_int4()
-    stored["weight_scale"][::2] *= -1
+    stored["weight_scale"][1::2] *= -1
     gptq = discover(Target)["gptq"]()
     packed = recode(grouped, gptq, stored, 0, None)
     assert torch.equal(packed["scales"].t().float(), stored["weight_scale"].float())
     with pytest.raises(InputError, match="unsigned is not known to take negative scales") as caught:
         recode(grouped, type("U", (Unsigned,), {"name": "unsigned"})(), stored, 0, None)
-    assert caught.value.what.startswith(f"weight_scale is {-1 / 256:g}:")
-    assert caught.value.where == f"`{NAME}.weight_scale`[0] in model.safetensors"
+    assert caught.value.what.startswith(f"weight_scale is {-2 / 256:g}:")
+    assert caught.value.where == f"`{NAME}.weight_scale`[1] in model.safetensors"
     stored["weight_scale"][7] = 0
     with pytest.raises(InputError, match="a scale is a positive number"):
         recode(grouped, gptq, stored, 0, None)

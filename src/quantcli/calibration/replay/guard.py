@@ -95,7 +95,7 @@ def is_outsized(checkpoint: Checkpoint) -> bool:
         and number not in sides
         and "theta" not in key
         and (abs(number) > _MOST_POSITIONS or not _NO_COUNT.search(key))
-        for key, number in _numbers("", checkpoint.config)
+        for key, number in _numbers("", checkpoint.config.plain())
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from quantcli.calibration.replay.next_token import add_layer, attach
 from quantcli.calibration.text.documents import sentence
 from quantcli.calibration.text.tokenizer import quiet, with_torch
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import must_run_alone
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.memory.shortage import is_out_of_memory, machine_fault
@@ -43,7 +44,7 @@ _PARTS = {
 def part_of(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
     """The part of a model that takes text: its class, its key in config.json, and the beginning of the
     names of its tensors. None if that is the whole model."""
-    return _PARTS.get(str((checkpoint.config.get("architectures") or [""])[0]))
+    return _PARTS.get(next(iter(checkpoint.config.texts("architectures")), ""))
 
 
 # Linears that multiply by the transposed weight themselves, which taps do not see.
@@ -96,7 +97,7 @@ def build_model(
 class _Order:
     """What to build: config.json, what its weights account for, the part of it, and in which way."""
 
-    table: dict[str, Any]
+    table: Settings
     bounds: Bounds
     part: tuple[str, str, str] | None
     trust_remote_code: bool
@@ -110,14 +111,16 @@ def _build(order: _Order, folder: Path) -> Any:
     from transformers.initialization import no_init_weights
 
     dtype = getattr(torch, order.dtype)
-    with guarded(order.bounds), no_init_weights(), torch.no_grad():
+    online = nullcontext() if order.trust_remote_code else _offline()
+    with online, guarded(order.bounds), no_init_weights(), torch.no_grad():
         if order.part is None:
             config = _config(order, folder)
             named = (getattr(config, "architectures", None) or [""])[0]
         else:  # the class of a whole may not be built, and puts out speech
             named, key, _ = order.part
             config_class = getattr(transformers, named).config_class
-            config = config_class.from_dict(order.table.get(key) or {})
+            config = config_class.from_dict(order.table.plain().get(key) or {})
+        _choose_implementations(config)
         if order.next_token:
             add_layer(config)
         native = getattr(transformers, str(named), None)
@@ -161,6 +164,32 @@ def tried(order: _Order, folder: str) -> Answer:
     return {}, b""
 
 
+def _choose_implementations(config: Any) -> None:
+    """Have the library choose how attention and experts are computed, in all parts of a config.
+
+    A name such as `someone/kernel` in config.json would make it fetch compiled code from the Hub and
+    run it. Sources: transformers 5.23.0, configuration_utils.py:485-640, modeling_utils.py:1755-1830,
+    integrations/hub_kernels.py:811-816, integrations/msa_attention.py:33-50.
+    """
+    config._attn_implementation = None
+    config._experts_implementation = None
+    for value in vars(config).values():  # also parts that the library does not list as such
+        if hasattr(value, "sub_configs"):
+            _choose_implementations(value)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """The library fetches nothing meanwhile: no kernel, no code, no backbone that a config names."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _config(order: _Order, folder: Path) -> Any:
     """The config of a model: of the library's class for its type, or else for its architecture.
 
@@ -170,11 +199,11 @@ def _config(order: _Order, folder: Path) -> Any:
     import transformers
 
     table, trust_remote_code = order.table, order.trust_remote_code
-    if table.get("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
-        native = getattr(transformers, str((table.get("architectures") or [""])[0]), None)
+    if table.text("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
+        native = getattr(transformers, next(iter(table.texts("architectures")), ""), None)
         config_class = getattr(native, "config_class", None)
         if config_class is not None:
-            changed = {**table, "model_type": config_class.model_type}
+            changed = {**table.plain(), "model_type": config_class.model_type}
             return config_class.from_dict({key: v for key, v in changed.items() if key != "auto_map"})
     return transformers.AutoConfig.from_pretrained(
         str(folder), trust_remote_code=trust_remote_code, local_files_only=True
@@ -187,7 +216,7 @@ def _config_folder(checkpoint: Checkpoint) -> Iterator[Path]:
     the model is elsewhere, and was opened on another machine."""
     if not checkpoint.path.is_dir():
         with TemporaryDirectory() as name:
-            (Path(name) / CONFIG).write_text(json.dumps(checkpoint.config))
+            (Path(name) / CONFIG).write_text(json.dumps(checkpoint.config.plain()))
             yield Path(name)
         return
     plain = checkpoint.plain_config()
@@ -220,7 +249,7 @@ def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
 def _explain(
     error: Exception, checkpoint: Checkpoint, where: str, *, trust_remote_code: bool
 ) -> InputError:
-    own_code = bool(checkpoint.config.get("auto_map"))
+    own_code = bool(checkpoint.config.value("auto_map"))
     if own_code and not trust_remote_code:
         return InputError(
             "the model comes with code of its own, without which it cannot be run",

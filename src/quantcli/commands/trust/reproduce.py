@@ -28,6 +28,8 @@ from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.place import expanded
 from quantcli.core.text import count
+from quantcli.core.threads import default_workers
+from quantcli.core.untrusted.names import printable
 
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
@@ -152,6 +154,8 @@ def _begin(wish: Wish, progress: Progress) -> Attempt:
         what = f"there is no {MANIFEST}, which says how a checkpoint was made"
         raise InputError(what, where=wish.checkpoint, fix=_MAKE)
     manifest = read_manifest(folder)
+    from quantcli.planning.files import other_weights
+
     checkpoint = open_model(wish.model, progress)
     source = manifest.get("source")
     source = source if isinstance(source, dict) else {}
@@ -163,6 +167,16 @@ def _begin(wish: Wish, progress: Progress) -> Attempt:
             where=f"--model {wish.model}",
             fix="give the model that the checkpoint was made of",
         )
+    recorded = source.get("files")
+    if recorded is not None:
+        workers = default_workers()
+        if (name := other_weights(recorded, checkpoint, workers, progress)) is not None:
+            raise InputError(
+                f"this is another model: its file `{printable(name):.200}` is not what was converted",
+                where=f"--model {wish.model}",
+                fix="give the model that the checkpoint was made of",
+            )
+        checkpoint = replace(checkpoint, weight_hashes=recorded)
     named = source.get("id")
     if isinstance(named, str):  # the card says it, wherever the model is now
         checkpoint = replace(checkpoint, hub_id=named)
