@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,13 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantcli.calibration.replay.guard import Bounds, bounds_of, guarded, is_outsized
 from quantcli.calibration.replay.next_token import add_layer, attach
 from quantcli.calibration.text.documents import sentence
-from quantcli.calibration.text.tokenizer import quiet
+from quantcli.calibration.text.tokenizer import quiet, with_torch
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import must_run_alone
-from quantcli.core.errors import InputError
-from quantcli.core.memory.shortage import machine_fault
+from quantcli.core.errors import InputError, QuantError
+from quantcli.core.memory.shortage import is_out_of_memory, machine_fault
+from quantcli.core.untrusted.bounded import Subject, run_bounded
+from quantcli.core.untrusted.server import Answer, Limits
 
 # Models of several, of which one takes text: its class, its part of the config, and the beginning of
 # the names of its tensors. Source: transformers 5.23, models/qwen2_5_omni and qwen3_omni_moe.
@@ -47,6 +52,11 @@ def part_of(checkpoint: Checkpoint) -> tuple[str, str, str] | None:
 _AS_LINEAR = frozenset({"FalconLinear"})
 
 
+# Limits for building a model with a number of odd size; a large one takes a minute.
+_SECONDS, _TENSORS_PER_SECOND = 20, 200
+_MEMORY = 2**30
+
+
 def build_model(
     checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool, next_token: bool = False
 ) -> nn.Module:
@@ -55,37 +65,24 @@ def build_model(
     next_token: build one decoder layer more, as a next-token layer. Raises InputError if transformers
     does not know the model, or its config does not fit.
     """
-    import transformers
-
     must_run_alone(checkpoint)
-    where = str(checkpoint.path / CONFIG)
-    online = nullcontext() if trust_remote_code else _offline()
+    order = _Order(
+        checkpoint.config,
+        bounds_of(checkpoint),
+        part_of(checkpoint),
+        trust_remote_code,
+        next_token,
+        str(dtype).removeprefix("torch."),
+    )
     try:
-        with quiet(), online, _config_folder(checkpoint) as folder, _on_meta():
-            part = part_of(checkpoint)
-            if part is None:
-                config = _config(checkpoint, folder, trust_remote_code=trust_remote_code)
-                named = (getattr(config, "architectures", None) or [""])[0]
-            else:  # the class of a whole may not be built, and puts out speech
-                named, key, _ = part
-                config_class = getattr(transformers, named).config_class
-                config = config_class.from_dict(checkpoint.config.plain().get(key) or {})
-            _choose_implementations(config)
-            if next_token:
-                add_layer(config)
-            native = getattr(transformers, str(named), None)
-            custom = trust_remote_code and hasattr(config, "auto_map")
-            if native is not None and not custom:
-                model = native._from_config(config, dtype=dtype)
-            else:
-                model = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    config, dtype=dtype, trust_remote_code=trust_remote_code
-                )
-            model.tie_weights()
-            if next_token:
-                attach(model.get_decoder().layers[-1], dtype)
-            _keep_in_float32(model, dtype)
+        with quiet(), _config_folder(checkpoint) as folder:
+            if is_outsized(checkpoint):
+                _try_elsewhere(order, str(folder))
+            model = _build(order, folder)
+    except QuantError:
+        raise
     except Exception as error:
+        where = order.bounds.where
         if fault := machine_fault(error, "building the model", checkpoint.path):
             raise fault from None
         raise _explain(error, checkpoint, where, trust_remote_code=trust_remote_code) from None
@@ -94,6 +91,77 @@ def build_model(
         if type(module).__name__ in _AS_LINEAR and isinstance(module, nn.Linear):
             module.forward = partial(nn.Linear.forward, module)  # type: ignore[method-assign]
     return built
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What to build: config.json, what its weights account for, the part of it, and in which way."""
+
+    table: Settings
+    bounds: Bounds
+    part: tuple[str, str, str] | None
+    trust_remote_code: bool
+    next_token: bool
+    dtype: str
+
+
+def _build(order: _Order, folder: Path) -> Any:
+    """The model, as the library makes it. folder: with config.json and its code, if there is some."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    dtype = getattr(torch, order.dtype)
+    online = nullcontext() if order.trust_remote_code else _offline()
+    with online, guarded(order.bounds), no_init_weights(), torch.no_grad():
+        if order.part is None:
+            config = _config(order, folder)
+            named = (getattr(config, "architectures", None) or [""])[0]
+        else:  # the class of a whole may not be built, and puts out speech
+            named, key, _ = order.part
+            config_class = getattr(transformers, named).config_class
+            config = config_class.from_dict(order.table.plain().get(key) or {})
+        _choose_implementations(config)
+        if order.next_token:
+            add_layer(config)
+        native = getattr(transformers, str(named), None)
+        custom = order.trust_remote_code and hasattr(config, "auto_map")
+        if native is not None and not custom:
+            model = native._from_config(config, dtype=dtype)
+        else:
+            model = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, trust_remote_code=order.trust_remote_code
+            )
+        model.tie_weights()
+        if order.next_token:
+            attach(model.get_decoder().layers[-1], dtype)
+        _keep_in_float32(model, dtype)
+    return model
+
+
+def _try_elsewhere(order: _Order, folder: str) -> None:
+    """Build the model in another process, within limits on time and memory that its tensors explain."""
+    bounds = order.bounds
+    limits = Limits(
+        seconds=_SECONDS + bounds.tensors // _TENSORS_PER_SECOND,
+        wall=60.0 + 10 * _SECONDS + bounds.tensors,
+        memory=_MEMORY + 8 * bounds.values,
+        answer=0,
+    )
+    subject = Subject("config.json", "building the model of config.json", bounds.where)
+    run_bounded(tried, (order, folder), with_torch, limits, subject)
+
+
+def tried(order: _Order, folder: str) -> Answer:
+    """In the other process: build the model. What the library refuses, it refuses again in this one."""
+    try:
+        with quiet():
+            _build(order, Path(folder))
+    except QuantError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError from None
+    return {}, b""
 
 
 def _choose_implementations(config: Any) -> None:
@@ -122,7 +190,7 @@ def _offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
-def _config(checkpoint: Checkpoint, folder: Path, *, trust_remote_code: bool) -> Any:
+def _config(order: _Order, folder: Path) -> Any:
     """The config of a model: of the library's class for its type, or else for its architecture.
 
     A model may come with code of its own, and have a class in the library all the same: Kimi K2 has
@@ -130,7 +198,7 @@ def _config(checkpoint: Checkpoint, folder: Path, *, trust_remote_code: bool) ->
     """
     import transformers
 
-    table = checkpoint.config
+    table, trust_remote_code = order.table, order.trust_remote_code
     if table.text("model_type") not in transformers.CONFIG_MAPPING and not trust_remote_code:
         native = getattr(transformers, next(iter(table.texts("architectures")), ""), None)
         config_class = getattr(native, "config_class", None)
@@ -193,27 +261,6 @@ def _explain(
         where=where,
         fix="check config.json; a newer transformers may know the model (pip install -U transformers)",
     )
-
-
-@contextmanager
-def _on_meta() -> Iterator[None]:
-    """Modules that are built meanwhile store no parameters; buffers are computed as usual, without
-    gradients."""
-    from transformers.initialization import no_init_weights
-
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    try:
-        with no_init_weights(), torch.no_grad():
-            yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def conversions(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str | None, str | None, Any]]:
