@@ -2,7 +2,8 @@
 
 Recipes convert examples/tiny-qwen3, those for mixtures of experts a small random mixture with its
 tokenizer, and calibrate on examples/calibration.txt. The second run has another number of workers, and
-the text under another name. The value is the number of differences; the first one is named.
+the text under another name. Schemes that learn do so for --epochs. The value is the number of
+differences; the first one is named.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import quantcli
 from common import ROOT, Line, finish, parser, workplace
+from quantcli.recipe.recipe import load_recipe
 from quantcli.recipe.shipped import describe_recipe, shipped_recipes
 
 MODEL = ROOT / "examples" / "tiny-qwen3"
@@ -36,7 +38,17 @@ def mixture(folder: Path) -> Path:
     return folder
 
 
-def compare(recipe: str, model: Path, folder: Path, text: Path, changes: dict[str, int]) -> Line:
+def changes_of(recipe: str, samples: int, length: int, epochs: int) -> dict[str, object]:
+    """Changes of a recipe that make it quick."""
+    changes: dict[str, object] = {"calibration.samples": samples, "calibration.length": length}
+    for number, rule in enumerate(load_recipe(recipe).rules):
+        if rule.scheme is not None and "epochs" in type(rule.scheme).model_fields:
+            options = {**rule.scheme.model_dump(mode="json"), "epochs": epochs}
+            changes[f"rules.{number}.scheme"] = {"name": rule.scheme.name, **options}
+    return changes
+
+
+def compare(recipe: str, model: Path, folder: Path, text: Path, changes: dict[str, object]) -> Line:
     """One recipe: converted, and made again."""
     data = describe_recipe(recipe).calibration
     out, options = folder / recipe, {"set": changes if data else {}, "data": TEXT if data else None}
@@ -55,9 +67,9 @@ def main() -> None:
     arguments = parser(__doc__)
     arguments.add_argument("--samples", type=int, default=16)
     arguments.add_argument("--length", type=int, default=128)
+    arguments.add_argument("--epochs", type=int, default=2)
     arguments.add_argument("--only", nargs="+", metavar="RECIPE")
     options = arguments.parse_args()
-    changes = {"calibration.samples": options.samples, "calibration.length": options.length}
     lines = []
     with workplace(options.dir) as folder:
         text = folder / "the same text.txt"
@@ -65,6 +77,7 @@ def main() -> None:
         experts = mixture(folder / "mixture")
         for recipe in options.only or shipped_recipes():
             model = experts if "moe" in recipe else MODEL
+            changes = changes_of(recipe, options.samples, options.length, options.epochs)
             lines.append(compare(recipe, model, folder, text, changes))
             if not options.json:
                 print(f"{recipe:28}{lines[-1].value}  {lines[-1].detail}", flush=True)

@@ -79,28 +79,13 @@ class Injector:
         return bool(self._library.fault_shared().contents[len(KINDS)])
 
 
-def can_inject() -> bool:
-    """Whether there is a compiler, and a C library for which the shim is written."""
-    return shutil.which("cc") is not None and os.confstr("CS_GNU_LIBC_VERSION") is not None
-
-
 def preload() -> None:
     """Start this program again with the shim in its process, unless it is there."""
     if hasattr(ctypes.CDLL(None), "fault_set"):
+        if library := os.environ.pop("LD_PRELOAD", None):  # processes that this one starts need it not
+            shutil.rmtree(Path(library).parent)
         return
     library = Path(tempfile.mkdtemp(prefix="quantcli-faults-")) / "shim.so"
-    words = [
-        "cc",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-shared",
-        "-fPIC",
-        "-o",
-        library,
-        SHIM,
-        "-ldl",
-    ]
-    subprocess.run(words, check=True)
+    options = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    subprocess.run(["cc", *options, "-o", library, SHIM, "-ldl"], check=True)
     os.execve(sys.executable, sys.orig_argv, {**os.environ, "LD_PRELOAD": str(library)})

@@ -86,9 +86,9 @@ class Session:
     def states_nbytes(self, *, on_cluster: bool) -> int:
         """Bytes of hidden states on disk at a time, at most, as config.json has them: of two layers; on
         a cluster of all layers, if these are tasks."""
-        layers = self.plan.checkpoint.text_config.get("num_hidden_layers")
+        layers = self.plan.checkpoint.text_config.size("num_hidden_layers")
         places = 2
-        if on_cluster and spread.by_layers([self.plan]) and isinstance(layers, int):
+        if on_cluster and spread.by_layers([self.plan]) and layers:
             places = layers + 1
         return places * spread.states_nbytes(self.plan, self.source.samples * self.source.length)
 

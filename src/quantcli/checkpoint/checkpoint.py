@@ -20,6 +20,8 @@ from typing import Any
 
 from rich.filesize import decimal
 
+from quantcli.checkpoint.config.places import QUANTIZATION_KEYS, language_model
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.files import (
     INDEX,
     OTHER_WEIGHTS,
@@ -35,13 +37,11 @@ from quantcli.core.disk import ABSENT
 from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.text import count
+from quantcli.core.untrusted import tables
 from quantcli.core.untrusted.names import file_name_fault, tensor_name_fault
-from quantcli.core.untrusted.tables import parse_json, read_bytes, read_table
+from quantcli.core.untrusted.tables import parse_json, read_bytes
 
 CONFIG = "config.json"
-# Keys of config.json, at any level. Source: vllm 0.32.0,
-# model_executor/model_loader/weight_utils.py:235-242.
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<part>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors")
 # Files of weights that are not the model's: adapters, other states of training, other layouts.
 _ADAPTER = re.compile(r"adapter(_model)?[^/]*\.(safetensors|bin)")
@@ -49,14 +49,6 @@ _ADAPTER_CONFIG = "adapter_config.json"
 _NOT_THE_MODEL = re.compile(
     r"(consolidated|adapter|optimizer|scheduler|ema|value_head)[^/]*\.safetensors"
 )
-# Places of the language model in config.json, next to towers.
-# Sources: transformers 5.23.0, models/*/configuration_*.py, such as qwen3_omni_moe; remote code of
-# InternVL and of DeepSeek-VL; for drafts, vllm 0.32.0,
-# transformers_utils/configs/speculators/base.py:59-93.
-_TEXT = (
-    ("text_config",), ("thinker_config", "text_config"), ("llm_config",), ("language_config",),
-    ("transformer_layer_config",),
-)  # fmt: skip
 STAGES = "modules.json"  # of sentence-transformers
 STACKED = "experts are stored together"
 BELOW = "weights in a folder below the model"
@@ -76,7 +68,7 @@ class Checkpoint:
     path: Path
     tensors: dict[str, StoredTensor]
     shards: tuple[str, ...]  # weight files, in order
-    config: dict[str, Any]
+    config: Settings
     aux: dict[str, int]  # every other file to carry along: relative path -> bytes
     left_out: dict[str, str]  # files that are not carried along -> why
     problems: list[QuantError] = field(default_factory=list)
@@ -93,15 +85,9 @@ class Checkpoint:
         return self.tensors if self.undecoded is None else self.undecoded
 
     @property
-    def text_config(self) -> dict[str, Any]:
+    def text_config(self) -> Settings:
         """The part of config.json that describes the language model."""
-        for path in _TEXT:
-            nested: Any = self.config
-            for key in path:
-                nested = nested.get(key) if isinstance(nested, dict) else None
-            if isinstance(nested, dict):
-                return nested
-        return self.config
+        return language_model(self.config)
 
     @cached_property
     def nbytes(self) -> int:
@@ -231,9 +217,21 @@ def scan_checkpoint(path: Path, progress: Progress = SILENT) -> Checkpoint:
         f"`{n}` begins with a byte order mark, at which engines stop" for n in marked if n != CONFIG
     ]
     stamps = {name: stamp for name, stamp in stamps.items() if name in aux or name in shards}
+    if not problems:  # else tensors may be missing
+        problems += _contradictions(config, tensors)
     return Checkpoint(
         root, tensors, tuple(shards), config, aux, left_out, problems, notes, None, stamps
     )
+
+
+def _contradictions(config: Settings, tensors: dict[str, StoredTensor]) -> list[InputError]:
+    """What config.json says otherwise than the headers, and sizes in it that are not numbers."""
+    from quantcli.checkpoint.config.sizes import contradictions  # imports this module
+
+    try:
+        return list(contradictions(config, (stored.spec for stored in tensors.values())))
+    except InputError as error:
+        return [error]
 
 
 def _is_large(root: Path, files: dict[str, int]) -> bool:
@@ -254,16 +252,15 @@ def _header_nbytes(file: Path) -> int:
         raise MachineError(f"cannot read: {error.strerror}", where=str(file)) from None
 
 
-def _odd(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Iterator[str]:
+def _odd(config: Settings, tensors: dict[str, StoredTensor]) -> Iterator[str]:
     """Notes: not errors, but worth reading."""
     if config and "model_type" not in config:
         yield f"{CONFIG} names no model_type: engines may not know what this is"
     floats = all(stored.spec.dtype in FLOATS for stored in tensors.values())
-    nested = ((f"{key}.", value) for key, value in config.items() if isinstance(value, dict))
-    for place, level in (("", config), *nested):
+    for level in (config, *(inner for _, inner in config.inner())):
         for key in QUANTIZATION_KEYS:
             if floats and key in level:
-                yield f"`{place}{key}` in {CONFIG} is stale: the weights are float"
+                yield f"`{level.key_path(key)}` in {CONFIG} is stale: the weights are float"
     for name, stored in tensors.items():
         if len(stored.spec.shape) >= 3 and "experts" in name.split("."):
             yield f"{STACKED}, such as `{name}` {stored.spec}"
@@ -271,8 +268,13 @@ def _odd(config: dict[str, Any], tensors: dict[str, StoredTensor]) -> Iterator[s
 
 
 def read_json_file(path: Path) -> dict[str, Any]:
-    """A JSON object that came with a model: see `read_table`."""
-    return dict(read_table(path).value)
+    """A JSON object that came with a model: see `read_table` of core/untrusted."""
+    return dict(tables.read_table(path).value)
+
+
+def read_table(path: Path) -> Settings:
+    """The same, as a table whose values are read by type."""
+    return Settings(read_json_file(path), path.name, str(path))
 
 
 def _is_part(entry: dict[str, Any], root: Path) -> InputError:
@@ -468,10 +470,10 @@ def _disagrees(what: str) -> InputError:
     return InputError(f"index {what}", where=INDEX, fix="fetch the index and the shards again")
 
 
-def _read_config(root: Path, files: dict[str, int], problems: list[QuantError]) -> dict[str, Any]:
+def _read_config(root: Path, files: dict[str, int], problems: list[QuantError]) -> Settings:
     if CONFIG not in files:
         problems.append(
             InputError("model has no config.json", where=str(root), fix="fetch the whole model folder")
         )
-        return {}
-    return read_json_file(root / CONFIG)
+        return Settings({})
+    return read_table(root / CONFIG)

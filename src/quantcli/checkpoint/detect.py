@@ -12,7 +12,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from quantcli.checkpoint.checkpoint import QUANTIZATION_KEYS, Checkpoint, read_json_file
+from quantcli.checkpoint.checkpoint import Checkpoint, read_json_file
+from quantcli.checkpoint.config.places import quantization_blocks
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
 
@@ -99,17 +101,14 @@ def _name(checkpoint: Checkpoint, specs: list[TensorSpec]) -> str:
         kinds = Counter(kind for kind in weights if kind != "FLOAT")
         named = ", ".join(f"{_printable(kind)} {count}" for kind, count in kinds.most_common(9))
         return f"ascend ({named or 'no kinds named'})"
-    for level in (checkpoint.config, checkpoint.text_config):
-        for key in QUANTIZATION_KEYS:
-            block = level.get(key)
-            if isinstance(block, dict):
-                method = _printable(block.get("quant_method", "unnamed"))
-                sides = block.get("weight_block_size")
-                if isinstance(sides, list) and [type(side) for side in sides] == [int, int]:
-                    return f"{method} (blocks of {_printable(sides[0])} x {_printable(sides[1])})"
-                words = (block.get(key) for key in ("format", "bits", "quant_algo"))
-                detail = sides or next(filter(None, words), None)
-                return f"{method} ({_printable(detail)})" if detail else method
+    for block in quantization_blocks(checkpoint.config, checkpoint.text_config):
+        method = _printable(block.text("quant_method") or "unnamed")
+        sides = block.value("weight_block_size")
+        if isinstance(sides, list) and [type(side) for side in sides] == [int, int]:
+            return f"{method} (blocks of {_printable(sides[0])} x {_printable(sides[1])})"
+        words = (block.value(key) for key in ("format", "bits", "quant_algo"))
+        detail = sides or next(filter(None, words), None)
+        return f"{method} ({_printable(detail)})" if detail else method
     return "unnamed, " + ", ".join(sorted({spec.dtype for spec in specs}))
 
 
@@ -152,18 +151,16 @@ def of_draft(names: Collection[str]) -> bool:
 def draft_of(checkpoint: Checkpoint) -> Draft | None:
     """The draft that a checkpoint holds; None if it is a model of its own."""
     config, names = checkpoint.config, checkpoint.tensors
-    classes = config.get("architectures")
-    first = classes[0] if isinstance(classes, list) and classes else None
-    own = first if isinstance(first, str) and first.isprintable() else "no class"
-    kind = str(config.get("model_type"))
+    first = next(iter(config.texts("architectures")), "")
+    own = first if first and first.isprintable() else "no class"
+    kind = config.text("model_type") or ""
     if kind == "medusa" or own.startswith("Medusa") or _medusa(config, names):
         return Draft("Medusa", "MedusaModel")
     if kind == "mlp_speculator" or own.startswith("MLPSpeculator"):
         return Draft("MLP speculator", "MLPSpeculatorPreTrainedModel")
-    if (algorithm := config.get("speculators_model_type")) is not None:
-        layers = config.get("transformer_layer_config")
-        inner = layers.get("model_type", "llama") if isinstance(layers, dict) else "llama"
-        return _of_speculators(str(algorithm), str(inner))
+    if (algorithm := config.text("speculators_model_type")) is not None:
+        layers = config.table("transformer_layer_config")
+        return _of_speculators(algorithm, (layers and layers.text("model_type")) or "llama")
     match = _CLASS.fullmatch(own)
     if match is None and not of_draft(names):
         return None
@@ -187,7 +184,7 @@ def _of_speculators(algorithm: str, layers: str) -> Draft:
     return Draft(kind, "DFlashDraftModel" if kind == "DFlash" else f"{kind} of {layers}")
 
 
-def _medusa(config: dict[str, Any], names: Collection[str]) -> bool:
+def _medusa(config: Settings, names: Collection[str]) -> bool:
     """Whether names are those of Medusa's own repository, with a number for each head."""
     if not names or not all(_MEDUSA_HEAD.fullmatch(name) for name in names):
         return False

@@ -63,9 +63,8 @@ def head_weight(specs: Iterable[TensorSpec]) -> str | None:
 
 def tied(checkpoint: Checkpoint) -> bool | None:
     """Whether config.json ties the lm_head to the embedding; None if it does not say."""
-    value = checkpoint.config.get("tie_word_embeddings")
-    value = checkpoint.text_config.get("tie_word_embeddings") if value is None else value
-    return None if value is None else bool(value)
+    value = checkpoint.config.flag("tie_word_embeddings")
+    return checkpoint.text_config.flag("tie_word_embeddings") if value is None else value
 
 
 def generates(checkpoint: Checkpoint) -> bool:
@@ -75,6 +74,5 @@ def generates(checkpoint: Checkpoint) -> bool:
     """
     if draft_of(checkpoint):
         return False
-    classes = checkpoint.config.get("architectures")
-    names = [name for name in classes if isinstance(name, str)] if isinstance(classes, list) else []
+    names = checkpoint.config.texts("architectures")
     return not names or any(_GENERATES.fullmatch(name) for name in names)

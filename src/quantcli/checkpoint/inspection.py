@@ -48,8 +48,8 @@ def inspect_checkpoint(checkpoint: Checkpoint, tensors: str | None = None) -> di
     quantized = quantization(checkpoint)
     summary: dict[str, Any] = {
         "path": str(checkpoint.path),
-        "model_type": next(iter(_words(checkpoint.config.get("model_type"))), None),
-        "architectures": _words(checkpoint.config.get("architectures")),
+        "model_type": _printable(checkpoint.config.text("model_type")),
+        "architectures": [*filter(_printable, checkpoint.config.texts("architectures"))],
         "draft": draft.kind if (draft := draft_of(checkpoint)) else None,
         "tensors": len(specs),
         "parameters": sum(spec.numel for spec in specs),
@@ -100,10 +100,9 @@ def _cache(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return {"tensors": len(names), "example": example} if names else None
 
 
-def _words(value: Any) -> list[str]:
-    """The names in a value of config.json that can be printed: the value is untrusted."""
-    values = value if isinstance(value, list) else [value]
-    return [word for word in values if isinstance(word, str) and word.isprintable()]
+def _printable(name: str | None) -> str | None:
+    """A name in config.json, which is untrusted; None if it cannot be printed."""
+    return name if name is not None and name.isprintable() else None
 
 
 def _matches(checkpoint: Checkpoint, pattern: str) -> list[dict[str, Any]]:

@@ -14,9 +14,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.config.settings import Settings
 
 Role: TypeAlias = Literal[
     "attention", "attention.out", "mlp", "mlp.out", "expert", "shared_expert", "ssm",
@@ -104,7 +105,7 @@ class _Sizes:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> _Sizes:
         text, config = checkpoint.text_config, checkpoint.config
-        halves = [text[key] for key in _HALVES if isinstance(text.get(key), dict)]
+        halves = [half for key in _HALVES if (half := text.table(key)) is not None]
         heads = {n for key in _HEADS for n in _whole(text, (key,))}
         return cls(
             width=frozenset(n for level in (text, *halves) for n in _whole(level, _WIDTHS)),
@@ -112,21 +113,21 @@ class _Sizes:
             drafts=max(_whole(text, _DRAFTS), default=0),
             experts=max(_whole(text, COUNTS), default=0),
             gates=frozenset(heads | {2 * n for n in heads}),
-            towers=tuple(n for n in _others(config, text) if config is not text or n not in _BOTH),
+            towers=tuple(n for n in _others(config, text) if text.place or n not in _BOTH),
         )
 
 
-def _whole(config: Mapping[str, Any], keys: Iterable[str]) -> list[int]:
-    return [n for key in keys if type(n := config.get(key)) is int and n > 0]
+def _whole(config: Settings, keys: Iterable[str]) -> list[int]:
+    return [n for key in keys if (n := config.size(key))]
 
 
-def _others(config: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[str]:
+def _others(config: Settings, text: Settings) -> Iterator[str]:
     """Names of models that config.json describes next to the language model."""
-    for key, value in config.items():
-        if not isinstance(value, dict) or value is text or not key.endswith("_config"):
+    for key, inner in config.inner():
+        if inner.place == text.place or not key.endswith("_config"):
             continue
-        if any(inner is text for inner in value.values()):
-            yield from _others(value, text)
+        if text.place.startswith(f"{inner.place}."):
+            yield from _others(inner, text)
         elif key != "quantization_config":
             yield key.removesuffix("_config")
 

@@ -93,13 +93,13 @@ def must_be_taken(checkpoint: Checkpoint, target: Target) -> None:
     if draft := draft_of(checkpoint):
         raise_first(target.check_draft(draft), {})
     specs = {stored.spec.name: stored.spec for stored in checkpoint.tensors.values()}
-    config = {**checkpoint.text_config, "model_type": family_of(checkpoint)}
+    config = checkpoint.text_config.with_values(model_type=family_of(checkpoint))
     raise_first(target.check_tensors(specs, config), {})
 
 
 def family_of(checkpoint: Checkpoint) -> str:
     """The model type of the language model, as config.json has it; else that of the whole model."""
-    return str(checkpoint.text_config.get("model_type", checkpoint.config.get("model_type")))
+    return checkpoint.text_config.text("model_type") or checkpoint.config.text("model_type") or ""
 
 
 def raise_first(found: Iterable[Refusal], assigned: Mapping[str, Rule | None]) -> None:
@@ -373,7 +373,7 @@ _TRANSPOSED = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer
 
 def refuse_transposed(checkpoint: Checkpoint) -> None:
     """InputError for a family whose weights are [in, out]."""
-    kind = str(checkpoint.config.get("model_type"))
+    kind = checkpoint.config.text("model_type")
     if kind in _TRANSPOSED:
         raise InputError(
             f"weights of `{kind}` are stored transposed, which this version does not quantize",

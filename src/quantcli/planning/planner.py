@@ -101,7 +101,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, measured: Measured | None 
             *checkpoint.notes,
             *notes,
             *filter(None, [without_class(checkpoint.config) if quantized else None]),
-            *target.advise(matched.modules, str(checkpoint.config.get("model_type", ""))),
+            *target.advise(matched.modules, checkpoint.config.text("model_type") or ""),
         ),
         params=sum(spec.numel for spec in checkpoint.specs()),
         quantized_params=sum(i.source.spec.numel for i in items if isinstance(i, Quantize)),

@@ -78,7 +78,7 @@ class NextTokenLayer:
 
 def next_token_layer(checkpoint: Checkpoint) -> NextTokenLayer | None:
     """The next-token layer that a replay can follow; None if there is none, or if it cannot."""
-    kinds = {str(level.get("model_type")) for level in (checkpoint.config, checkpoint.text_config)}
+    kinds = {level.text("model_type") for level in (checkpoint.config, checkpoint.text_config)}
     first = _layers(checkpoint)
     for layout in LAYOUTS:
         if first is None or not kinds & layout.families:
@@ -100,5 +100,4 @@ def beyond_text(checkpoint: Checkpoint, roles: Mapping[str, Role]) -> list[str]:
 
 def _layers(checkpoint: Checkpoint) -> int | None:
     """The number of decoder layers that config.json gives."""
-    number = checkpoint.text_config.get("num_hidden_layers")
-    return number if isinstance(number, int) and number > 0 else None
+    return checkpoint.text_config.size("num_hidden_layers") or None

@@ -122,7 +122,7 @@ def plan_repacking(checkpoint: Checkpoint, target: Target) -> Repacking:
         recipe_text=recipe,
         notes=(
             *checkpoint.notes,
-            *target.advise(modules, str(checkpoint.config.get("model_type", ""))),
+            *target.advise(modules, checkpoint.config.text("model_type") or ""),
             *_to_be_checked(items, target),
             *filter(None, [target.cache_note(cache.cache) if cache else None]),
             *last_bits,

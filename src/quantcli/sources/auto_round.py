@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.core.untrusted.patterns import Budget, Expression
 from quantcli.sources import awq, float8, gptq
@@ -36,7 +37,7 @@ class AutoRound(SourceFormat):
     def read(self, source: Source) -> Iterator[Encoded]:
         """Every quantized module."""
         for key in ("rotation_config", "transform_config"):
-            if source.settings.get(key):
+            if source.settings.value(key):
                 raise source.refused(f"has a `{key}`: rotated weights are not decoded", float8.FLOAT)
         form = source.word("packing_format", source.word("backend", "auto_round:auto_gptq"))
         numbers = source.word("data_type", "int")
@@ -45,7 +46,7 @@ class AutoRound(SourceFormat):
         elif numbers in {"fp", "fp8"}:
             block = float8.block_of(source, "group_size") if _is_pair(source) else None
             sides = None if block is None else list(block)
-            yield from float8.read(replace(source, settings={"weight_block_size": sides}))
+            yield from float8.read(replace(source, settings=Settings({"weight_block_size": sides})))
         elif numbers != "int":
             raise source.refused(f"`data_type` is {numbers!r:.40}, which is not decoded", float8.FLOAT)
         elif "awq" in form:
@@ -57,7 +58,7 @@ class AutoRound(SourceFormat):
 
 
 def _is_pair(source: Source) -> bool:
-    return isinstance(source.settings.get("group_size"), list)
+    return isinstance(source.settings.value("group_size"), list)
 
 
 def _by_name(source: Source, layout: str) -> Callable[[str], Kind]:
@@ -65,12 +66,9 @@ def _by_name(source: Source, layout: str) -> Callable[[str], Kind]:
 
     InputError for bits that the layout does not have here.
     """
-    symmetric = source.settings.get("sym") is not False
+    symmetric = source.settings.value("sym") is not False
     usual = Kind(source.whole("bits"), source.whole("group_size"), symmetric)
-    extra = source.settings.get("extra_config") or {}
-    if not isinstance(extra, dict) or not all(isinstance(table, dict) for table in extra.values()):
-        raise source.refused("`extra_config` is not an object of objects")
-    exceptions = _Exceptions(source, extra)
+    exceptions = _Exceptions(source, source.settings.tables("extra_config"))
 
     @cache
     def kind_of(name: str) -> Kind:
@@ -79,8 +77,8 @@ def _by_name(source: Source, layout: str) -> Callable[[str], Kind]:
             own.whole("bits", default=usual.bits),
             own.whole("group_size", default=usual.group),
         )
-        asked = own.settings.get("sym")
-        kind = Kind(bits, group, usual.symmetric if asked is None else asked is True)
+        asked = own.settings.flag("sym")
+        kind = Kind(bits, group, usual.symmetric if asked is None else asked)
         if bits not in _BITS[layout]:
             choices = " and ".join(map(str, _BITS[layout]))
             what = f"`{name}` has {bits} bits: this version decodes {choices} of {layout.upper()}"
@@ -96,17 +94,18 @@ class _Exceptions:
     InputError for a key that is not an expression, or takes too much.
     """
 
-    def __init__(self, source: Source, extra: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, source: Source, extra: Mapping[str, Settings]) -> None:
         self._extra, budget = extra, Budget()
         where = f"`extra_config` of {source.where} in {source.checkpoint.path}"
         special = (key for key in extra if _SPECIAL & set(key))
         self._expressions = {key: Expression(key, where, budget=budget) for key in special}
 
-    def of(self, name: str) -> Mapping[str, Any]:
+    def of(self, name: str) -> Settings:
         """The entry of a module; empty if it has none."""
         if name in self._extra:
             return self._extra[name]
-        return next((table for key, table in self._extra.items() if self._is_of(key, name)), {})
+        found = (table for key, table in self._extra.items() if self._is_of(key, name))
+        return next(found, Settings({}))
 
     def _is_of(self, key: str, name: str) -> bool:
         expression = self._expressions.get(key)

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import Rows, StoredTensor
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
@@ -33,7 +34,7 @@ class Source:
     """
 
     checkpoint: Checkpoint
-    settings: Mapping[str, Any]
+    settings: Settings
     where: str = CONFIG
     notes: list[str] = field(default_factory=list)
 
@@ -49,7 +50,7 @@ class Source:
     def whole(self, *keys: str, default: int | None = None) -> int:
         """The whole number under the first of `keys` that is there."""
         for key in keys:
-            value = self.settings.get(key)
+            value = self.settings.value(key)
             if value is not None:
                 if type(value) is not int or abs(value) > 2**31:
                     raise self.refused(f"`{key}` is {reprlib.repr(value)}, not a whole number")
@@ -60,7 +61,7 @@ class Source:
 
     def word(self, key: str, default: str) -> str:
         """The text under `key`, in lower case."""
-        value = self.settings.get(key)
+        value = self.settings.value(key)
         if value is None:
             return default
         if not isinstance(value, str):
@@ -99,8 +100,8 @@ class SourceFormat(ABC):
     own_file: ClassVar[str] = ""
     suffixes: ClassVar[frozenset[str]] = frozenset()
 
-    def settings_of(self, table: Mapping[str, Any]) -> Any:
-        """The settings in the object of `own_file`; untrusted."""
+    def settings_of(self, table: Settings) -> Settings:
+        """The settings in the object of `own_file`; untrusted. InputError if there are none."""
         return table
 
     def shows(self, checkpoint: Checkpoint) -> bool:

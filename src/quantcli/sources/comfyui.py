@@ -12,16 +12,17 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import is_quantized
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor, read_header
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
 from quantcli.core.number_types import ELEMENTS
-from quantcli.core.untrusted.tables import parse_json
+from quantcli.core.untrusted.tables import parse_table
 from quantcli.sources.base import AGAIN, Source, SourceFormat, Tensors, matrix, needed, wrong
 from quantcli.sources.blocks import Blocks, as_swizzled, one_number, tiles_of, with_shape
 
@@ -85,16 +86,16 @@ class ComfyUi(SourceFormat):
             yield _module(source, module, tensors, settings)
 
 
-def _module(source: Source, module: str, tensors: Tensors, settings: Any) -> Encoded:
+def _module(source: Source, module: str, tensors: Tensors, settings: Settings) -> Encoded:
     """The weight of a module. settings: untrusted."""
     weight = tensors["weight"]
-    name = settings.get("format") if isinstance(settings, dict) else None
-    form = _FORMATS.get(name) if isinstance(name, str) else None
+    name = settings.text("format")
+    form = _FORMATS.get(name or "")
     if form is None:
         what = f"has the format {reprlib.repr(name)}: this version decodes {', '.join(_FORMATS)}"
         raise wrong(weight, what, _FLOAT)
-    params = settings.get("params")
-    rotated = settings.get("convrot") or (isinstance(params, dict) and params.get("convrot"))
+    params = settings.table("params")
+    rotated = settings.value("convrot") or (params is not None and params.value("convrot"))
     if rotated or "pre_quant_scale" in tensors:
         what = "is rotated (convrot)" if rotated else f"has a `{module}.pre_quant_scale` for its inputs"
         raise wrong(weight, f"{what}, which is not decoded", _FLOAT)
@@ -123,25 +124,25 @@ def _module(source: Source, module: str, tensors: Tensors, settings: Any) -> Enc
     return blocks.encoded(module, kind, unused)
 
 
-def _json(mark: StoredTensor) -> Any:
-    """The JSON in a tensor; InputError for anything else in it."""
+def _json(mark: StoredTensor) -> Settings:
+    """The object of the JSON in a tensor; InputError for anything else in it."""
     if mark.spec.dtype != "U8" or not 0 < mark.spec.nbytes <= _LONGEST:
         raise wrong(mark, f"is {mark.spec}; it is a short JSON in U8")
     data = bytes(read_tensor(mark).flatten().tolist())
-    return parse_json(data, f"`{mark.spec.name}` in {mark.file.name}", AGAIN)
+    where = f"`{mark.spec.name}` in {mark.file.name}"
+    return Settings(parse_table(data, where, AGAIN).value, where)
 
 
-def _metadata(checkpoint: Checkpoint) -> Mapping[str, Any]:
+def _metadata(checkpoint: Checkpoint) -> Mapping[str, Settings]:
     """The settings of modules in the metadata of headers, by name; untrusted."""
-    found: dict[str, Any] = {}
+    found: dict[str, Settings] = {}
     for file in sorted({stored.file for stored in checkpoint.tensors.values()}):
         text = read_header(file)[1].get(_METADATA)
         if text is None:
             continue
         where = f"`{_METADATA}` in the header of {file.name}"
-        table = parse_json(text.encode(), where, AGAIN)
-        layers = table.get("layers") if isinstance(table, dict) else None
-        if not isinstance(layers, dict):
+        table = Settings(parse_table(text.encode(), where, AGAIN).value, where)
+        if "layers" not in table:
             raise InputError("has no object `layers`", where=where, fix=AGAIN)
-        found |= layers
+        found |= table.tables("layers")
     return found

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any
 
 from torch import Tensor
 
-from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint, read_json_file
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, read_table
+from quantcli.checkpoint.config.places import quantization_blocks
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import Quantization, is_quantized, of_cache
 from quantcli.checkpoint.encoded import Encoded, decoded_kinds
 from quantcli.checkpoint.files import STALE
@@ -135,10 +135,9 @@ def _by_suffix(checkpoint: Checkpoint) -> Quantization | None:
     return None
 
 
-def _named(settings: Mapping[str, Any]) -> SourceFormat | None:
+def _named(settings: Settings) -> SourceFormat | None:
     """The source format that settings name."""
-    method = settings.get("quant_method")
-    word = method.lower() if isinstance(method, str) else None
+    word = (settings.text("quant_method") or "").lower()
     return next((each for each in _formats() if word in each.methods), None)
 
 
@@ -154,28 +153,18 @@ def _with_columns(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor
     return columns
 
 
-def _settings(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
+def _settings(checkpoint: Checkpoint) -> tuple[Settings, str]:
     """The checkpoint's quantization config, and its file; empty if there is none."""
-    for level in (checkpoint.config, checkpoint.text_config):
-        for key in QUANTIZATION_KEYS:
-            block = level.get(key)
-            if isinstance(block, dict):
-                return block, CONFIG
-            if block is not None:
-                raise InputError(
-                    f"`{key}` is {reprlib.repr(block)}, not an object",
-                    where=str(checkpoint.path / CONFIG),
-                    fix=AGAIN,
-                )
+    for block in quantization_blocks(checkpoint.config, checkpoint.text_config):
+        return block, CONFIG
     for each in _formats():
         path = checkpoint.path / each.own_file
         if each.own_file and path.is_file():
-            table = each.settings_of(read_json_file(path))
-            if not isinstance(table, dict):
-                what = f"`quantization` is {reprlib.repr(table)}, not an object"
-                raise InputError(what, where=str(path), fix=AGAIN)
-            return {"quant_method": each.name, **table}, each.own_file
-    return {}, CONFIG
+            table = each.settings_of(read_table(path))
+            if "quant_method" not in table:
+                table = table.with_values(quant_method=each.name)
+            return table, each.own_file
+    return Settings({}), CONFIG
 
 
 def _refuse_code(

@@ -107,7 +107,7 @@ def _unnamed(checkpoint: Checkpoint) -> bool:
 
 def block_of(source: Source, key: str = "weight_block_size") -> tuple[int, int] | None:
     """The rows and columns of a block by the settings; None if they name none."""
-    value = source.settings.get(key)
+    value = source.settings.value(key)
     if value is None:
         return None
     sides = value if isinstance(value, list) else []

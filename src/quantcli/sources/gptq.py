@@ -43,14 +43,14 @@ class Gptq(SourceFormat):
         if bits not in {4, 8}:
             raise source.refused(f"GPTQ of {bits} bits: this version decodes 4 and 8", FLOAT)
         stored_as = source.word("checkpoint_format", "gptq")
-        if stored_as not in VERSIONS or source.settings.get("is_marlin_format"):
+        if stored_as not in VERSIONS or source.settings.value("is_marlin_format"):
             reason = stored_as if stored_as not in VERSIONS else "marlin"
             formats = " and ".join(f"`{name}`" for name in VERSIONS)
             raise source.refused(
                 f"GPTQ in the layout `{reason:.40}`: this version decodes {formats}", FLOAT
             )
-        usual = Kind(bits, source.whole("group_size"), source.settings.get("sym") is True)
-        kind_of = _by_name(source) if source.settings.get("dynamic") else lambda _: usual
+        usual = Kind(bits, source.whole("group_size"), source.settings.value("sym") is True)
+        kind_of = _by_name(source) if source.settings.value("dynamic") else lambda _: usual
         yield from read(source, kind_of, stored_as)
 
 

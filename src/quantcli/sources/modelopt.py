@@ -6,10 +6,11 @@ quantization/qtensor/nvfp4_tensor.py, mxfp8_tensor.py and mxfp4_tensor.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.sources.base import Source, SourceFormat, Tensors, matrix, needed, wrong
@@ -34,13 +35,16 @@ class ModelOpt(SourceFormat):
     )
     own_file: ClassVar[str] = "hf_quant_config.json"
 
-    def settings_of(self, table: Mapping[str, Any]) -> Any:
+    def settings_of(self, table: Settings) -> Settings:
         """They are under `quantization`."""
-        return table.get("quantization")
+        inner = table.table("quantization")
+        if inner is None:
+            raise table.wrong("quantization", "an object")
+        return inner
 
     def read(self, source: Source) -> Iterator[Encoded]:
         """Every quantized module. InputError for other algorithms."""
-        if isinstance(table := source.settings.get("quantization"), dict):
+        if (table := source.settings.table("quantization")) is not None:
             source = replace(source, settings=table)
         algorithm = source.word("quant_algo", "")
         if algorithm not in _ALGORITHMS:

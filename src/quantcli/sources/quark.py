@@ -10,14 +10,15 @@ model_executor/layers/quantization/quark/quark.py:420-830 and quark/schemes/.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from quantcli.checkpoint.columns import Columns, strip_bytes
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.encoded import Encoded
 from quantcli.core.untrusted.patterns import glob_matches
 from quantcli.sources import awq
@@ -53,46 +54,37 @@ class _Settings:
 
     source: Source
 
-    def of(self, module: str) -> list[Mapping[str, Any]]:
+    def of(self, module: str) -> list[Settings]:
         """The settings of a module's weight: one entry, or one for each scale on top of the other."""
-        weight = self._entry(module).get("weight")
-        given = weight if isinstance(weight, list) else [weight]
-        entries: list[Mapping[str, Any]] = [entry for entry in given if isinstance(entry, dict)]
-        if not entries or len(entries) < len(given):
+        entries = self._entry(module).listed("weight")
+        if not entries:
             raise self.source.refused(f"says nothing of the weight of `{module}`, which has codes")
         return entries
 
-    def _entry(self, module: str) -> Mapping[str, Any]:
+    def _entry(self, module: str) -> Settings:
         """By name, by class, or that of all modules. Source: vllm, quark.py:640-720."""
-        for pattern, entry in self._table("layer_quant_config").items():
+        settings = self.source.settings
+        for pattern, entry in settings.tables("layer_quant_config").items():
             if glob_matches(pattern, module) if "*" in pattern else module == pattern:
-                return entry if isinstance(entry, dict) else {}
-        by_class = self._table("layer_type_quant_config")
-        entry = by_class.get("Linear") or self.source.settings.get("global_quant_config")
-        return entry if isinstance(entry, dict) else {}
-
-    def _table(self, key: str) -> Mapping[str, Any]:
-        value = self.source.settings.get(key)
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise self.source.refused(f"`{key}` is {reprlib.repr(value)}, not an object")
-        return value
+                return entry
+        by_class = settings.table("layer_type_quant_config")
+        linear = by_class.table("Linear") if by_class is not None else None
+        return linear or settings.table("global_quant_config") or Settings({})
 
     @property
     def reordered(self) -> bool:
         """Whether nibbles of int4 are in AWQ's order."""
-        export = self._table("export")
-        method = export.get("pack_method", "reorder")
+        export = self.source.settings.table("export") or Settings({})
+        method = export.text("pack_method") or "reorder"
         if method not in {"reorder", "order"}:
             what = (
                 f"`export.pack_method` is {reprlib.repr(method)}: this version decodes reorder, order"
             )
             raise self.source.refused(what, FLOAT)
-        return bool(method == "reorder")
+        return method == "reorder"
 
 
-def _word(source: Source, entry: Mapping[str, Any], key: str) -> str:
+def _word(source: Source, entry: Settings, key: str) -> str:
     return replace(source, settings=entry).word(key, "")
 
 
@@ -125,7 +117,7 @@ def _module(settings: _Settings, module: str, tensors: Tensors) -> Encoded:
         raise source.refused(what + "and int4 and uint4 in groups", FLOAT)
     if weight.spec.dtype != {"fp8_e4m3": "F8_E4M3", "int8": "I8"}[element]:
         raise source.contradicted(weight, f"weights are {element}")
-    if element == "int8" and entry.get("symmetric") is not True:
+    if element == "int8" and entry.value("symmetric") is not True:
         raise source.refused(f"`{module}` has asymmetric int8, which is not decoded", FLOAT)
     if share == "per_group":
         size = replace(source, settings=entry).whole("group_size")

@@ -199,8 +199,8 @@ EXPERTS: Mapping[str, tuple[ExpertLayout, ...]] = {
 
 def layouts_of(checkpoint: Checkpoint) -> tuple[ExpertLayout, ...]:
     """The entry of EXPERTS for a checkpoint, by the model type of its language model; else none."""
-    types = (config.get("model_type") for config in (checkpoint.text_config, checkpoint.config))
-    return next((EXPERTS[kind] for kind in types if isinstance(kind, str) and kind in EXPERTS), ())
+    types = (config.text("model_type") for config in (checkpoint.text_config, checkpoint.config))
+    return next((EXPERTS[kind] for kind in types if kind and kind in EXPERTS), ())
 
 
 def layout_of(checkpoint: Checkpoint) -> ExpertLayout | None:
@@ -213,7 +213,7 @@ def layout_of(checkpoint: Checkpoint) -> ExpertLayout | None:
 def _fits(layout: ExpertLayout, checkpoint: Checkpoint) -> bool:
     """Whether the sides of all stacks are those of a layout, for the hidden size in config.json."""
     _, count = expert_count(checkpoint)
-    hidden = checkpoint.text_config.get(layout.hidden)
+    hidden = checkpoint.text_config.size(layout.hidden)
     for name, stored in checkpoint.on_disk.items():
         stack, _ = _stack_of(name, layout)
         sides = stack.sides(stored.spec.shape, count) if stack else None
@@ -261,7 +261,7 @@ def _must_be_counts(checkpoint: Checkpoint) -> None:
     """InputError for a number of experts in config.json that is not a number, or a list of numbers."""
     for config in (checkpoint.config, checkpoint.text_config):
         for key in COUNTS:
-            value = config.get(key)
+            value = config.value(key)
             counts = value if isinstance(value, list) else [0 if value is None else value]
             if any(type(count) is not int or count < 0 for count in counts):
                 what = f"`{key}` is {reprlib.repr(value)}, not a number of experts"
@@ -314,15 +314,15 @@ def _matrices(
     config = checkpoint.text_config
     key, count = expert_count(checkpoint)
     matrices = stack.matrices(stored, experts, count)
-    expected = f"is {stored.spec}; `{config.get('model_type')!s:.40}` stores experts as {stack}"
+    expected = f"is {stored.spec}; `{config.text('model_type')!s:.40}` stores experts as {stack}"
     if matrices is None:
         raise wrong(stored, expected)
     if key and len(matrices) != count * len(stack.projections):
         what = f"{expected}, and {CONFIG} has {count} in `{key}`"
         raise wrong(stored, what, f"{AGAIN}, with the {CONFIG} that belongs to it")
-    hidden, (n, k) = config.get(key_of_hidden), matrices[0].spec.shape
+    hidden, (n, k) = config.size(key_of_hidden), matrices[0].spec.shape
     width = k if stack.hidden == "inputs" else n
-    if type(hidden) is int and width != hidden:
+    if hidden is not None and width != hidden:
         side = "k" if stack.hidden == "inputs" else "n"
         what = f"{expected}, with {side} the `{key_of_hidden}` of {CONFIG}, {hidden}"
         raise wrong(stored, what, f"{AGAIN}, with the {CONFIG} that belongs to it")

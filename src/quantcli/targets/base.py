@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeAlias
+from typing import ClassVar, Literal, NamedTuple, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import Draft, Quantization, quantization
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
@@ -62,7 +63,7 @@ class PlannedCheckpoint:
     modules: Sequence[Module]
     tensors: Mapping[str, TensorSpec]  # every tensor that will be written
     files: Mapping[str, str]  # tensor -> weight file
-    config: Mapping[str, Any]  # config.json of the source
+    config: Settings  # config.json of the source
     serving_dtype: str  # "BF16" or "F16": the dtype in which the engine computes
     cache: Cache | None = None  # of keys and values; None: it stays float
 
@@ -202,7 +203,7 @@ class Target(BaseModel, ABC):
         """All refusals of the modules of a planned checkpoint."""
 
     def check_tensors(
-        self, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None
+        self, tensors: Mapping[str, TensorSpec], config: Settings | None = None
     ) -> Iterator[Refusal]:
         """Refusals of tensors of the source, before rules are matched with modules.
 
@@ -239,7 +240,7 @@ class Target(BaseModel, ABC):
         cache: Cache,
         layer: AttentionLayer,
         modules: Mapping[str, Module],
-        config: Mapping[str, Any],
+        config: Settings,
     ) -> Fault | None:
         """The reason why the engine cannot have a layer's cache so, if it cannot.
 

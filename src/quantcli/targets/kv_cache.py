@@ -9,9 +9,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.head import generates
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import Role
@@ -110,7 +111,7 @@ def attention_layers(
     the reason: an encoder, sizes that config.json does not give.
     """
     config, where = checkpoint.text_config, str(checkpoint.path)
-    if checkpoint.config.get("is_encoder_decoder") is True or not generates(checkpoint):
+    if checkpoint.config.flag("is_encoder_decoder") or not generates(checkpoint):
         what = "this model has an encoder, whose attention is not that of a decoder with one cache"
         raise InputError(what, where=where, fix="leave `kv_cache` out")
     found: dict[str, str] = {}
@@ -130,17 +131,17 @@ def attention_layers(
     return {name: _layer(name, found[name], shapes, config) for name in owners}
 
 
-def _shares(name: str, config: Mapping[str, Any]) -> bool:
+def _shares(name: str, config: Settings) -> bool:
     """Whether a layer reads the cache of an earlier one: the last `num_kv_shared_layers`."""
-    shared, layers = config.get("num_kv_shared_layers"), config.get("num_hidden_layers")
+    shared, layers = config.size("num_kv_shared_layers"), config.size("num_hidden_layers")
     number = _LAYER.search(f"{name}.")
-    if type(shared) is not int or type(layers) is not int or number is None:
+    if shared is None or layers is None or number is None:
         return False
     return int(number[1]) >= layers - shared
 
 
 def _layer(
-    name: str, keys: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]
+    name: str, keys: str, shapes: Mapping[str, tuple[int, ...]], config: Settings
 ) -> AttentionLayer:
     """The sizes of a layer; keys: the module that gives them."""
     if keys.rpartition(".")[2] in _LATENT:
@@ -161,7 +162,7 @@ def _layer(
     return AttentionLayer(name, heads, (width, shape[0] if len(shape) == 2 else width))
 
 
-def _of_latents(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> AttentionLayer:
+def _of_latents(name: str, shape: tuple[int, ...], config: Settings) -> AttentionLayer:
     """The sizes of a layer that caches latents; shape: of the weight that reads them."""
     rank, heads = _whole(config, "kv_lora_rank"), _whole(config, "num_attention_heads")
     keys, values = _whole(config, "qk_nope_head_dim"), _whole(config, "v_head_dim")
@@ -180,20 +181,20 @@ _OTHER_HEADS = ("swa_num_key_value_heads", "num_global_key_value_heads")
 _OTHER_SIZES = ("swa_head_dim", "global_head_dim")
 
 
-def _head_size(config: Mapping[str, Any]) -> int:
+def _head_size(config: Settings) -> int:
     """Numbers of a query of a head; 0 if config.json does not say."""
     queries, hidden = _whole(config, *_QUERIES), _whole(config, "hidden_size", "n_embd", "d_model")
     return _whole(config, "head_dim") or (hidden // queries if queries else 0)
 
 
-def _heads_of(width: int, config: Mapping[str, Any]) -> int:
+def _heads_of(width: int, config: Settings) -> int:
     """The heads of keys of `width` numbers in all; 0 if config.json does not say.
 
     Layers of a model may differ in heads and in their size: those of which the product is the width.
     """
     heads = _whole(config, "num_key_value_heads", "num_kv_heads", "n_head_kv", *_QUERIES)
-    table = config.get("attn_config")
-    if not heads and isinstance(table, dict):  # dbrx
+    table = config.table("attn_config")
+    if not heads and table is not None:  # dbrx
         heads = _whole(table, "kv_n_heads")
     sizes = {_head_size(config), *(_whole(config, key) for key in _OTHER_SIZES)}
     for each in (heads, *(_whole(config, key) for key in _OTHER_HEADS)):
@@ -207,10 +208,10 @@ _VALUES = {"k_proj": "v_proj", "key": "value", "key_proj": "value_proj", "wk": "
            "k": "v"}  # fmt: skip
 
 
-def _whole(config: Mapping[str, Any], *keys: str) -> int:
+def _whole(config: Settings, *keys: str) -> int:
     """The first of some keys that is a number of things; 0 if none is."""
-    numbers = (config.get(key) for key in keys)
-    return next((n for n in numbers if type(n) is int and 0 < n < 2**20), 0)
+    numbers = (config.size(key) for key in keys)
+    return next((n for n in numbers if n and n < 2**20), 0)
 
 
 # -- scales on disk ------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import Draft
 from quantcli.core.numerics import Cache
 
@@ -39,14 +40,14 @@ class Served:
     """
 
     labels: frozenset[str]
-    config: Mapping[str, Any]
+    config: Settings
     cache: Cache | None = None
     draft: Draft | None = None
 
     @property
     def has_code(self) -> bool:
         """Whether config.json names Python code in the checkpoint."""
-        return bool(self.config.get("auto_map"))
+        return bool(self.config.value("auto_map"))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
+from quantcli.checkpoint.checkpoint import CONFIG
+from quantcli.checkpoint.config.places import QUANTIZATION_KEYS, TEXT, quantization_blocks
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.files import INDEX
 from quantcli.checkpoint.spec import FLOAT_NAMES
 from quantcli.targets.base import PlannedCheckpoint
@@ -36,37 +37,38 @@ def config(output: PlannedCheckpoint, additions: dict[str, Any]) -> dict[str, by
     An engine that reads a stale quantization_config never opens the description of the Ascend format.
     Empty if nothing needs to change: the source's file is then copied byte for byte.
     """
-    table = copy.deepcopy(dict(output.config))
+    table = output.config.plain()
     for level in [table, *(value for value in table.values() if isinstance(value, dict))]:
         for key in QUANTIZATION_KEYS:
             level.pop(key, None)
     _set_dtype(table, output.serving_dtype)
     table.update(additions)
-    return {} if table == output.config else {CONFIG: to_json(table)}
+    return {} if table == output.config.plain() else {CONFIG: to_json(table)}
 
 
-def quantization_block(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The object in config.json that engines read, at either level; empty if there is none."""
-    for level in (config, config.get("text_config")):
-        for key in QUANTIZATION_KEYS:
-            block = level.get(key) if isinstance(level, dict) else None
-            if isinstance(block, dict):
-                return block
-    return {}
+def quantization_block(config: Settings) -> Settings:
+    """The object in config.json that engines read, at either level; empty if there is none.
+
+    InputError for a value that is not an object.
+    """
+    blocks = quantization_blocks(config, config.object_of(TEXT))
+    return next(blocks, Settings({}, config.file, config.path))
 
 
-def named_dtype(value: Any) -> str | None:
+def named_dtype(value: object) -> str | None:
     """The dtype of a name in config.json: "BF16" of "bfloat16"; None for any other value."""
     return FLOAT_NAMES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
 
 
-def declared_dtype(config: Any) -> str | None:
-    """The dtype of the language model in config.json, such as "BF16", by the keys that engines read."""
-    for level in (config, config.get("text_config")):
-        if isinstance(level, dict):
-            value = level.get("dtype") or level.get("torch_dtype")
-            if isinstance(value, str):
-                return named_dtype(value)
+def declared_dtype(config: Settings) -> str | None:
+    """The dtype of the language model in config.json, such as "BF16", by the keys that engines read.
+
+    InputError for a value that is not a text.
+    """
+    for level in (config, config.table(TEXT)):
+        value = (level.text("dtype") or level.text("torch_dtype")) if level is not None else None
+        if value is not None:
+            return named_dtype(value)
     return None
 
 
@@ -75,7 +77,7 @@ def _set_dtype(table: dict[str, Any], serving_dtype: str) -> None:
 
     At both levels and by both keys: versions of the engines differ in the one that they read.
     """
-    declared = declared_dtype(table)
+    declared = declared_dtype(Settings(table))
     dtype_name = next(name for name, dtype in FLOAT_NAMES.items() if dtype == serving_dtype)
     replaced = declared == serving_dtype
     for level in (table, table.get("text_config")):

@@ -185,12 +185,12 @@ def _sizes_of_sets(checkpoint: Checkpoint) -> list[int]:
     """Numbers of experts that are alike, in the order of a layer's list; empty if it is not known."""
     config = checkpoint.text_config
     key, count = expert_count(checkpoint)
-    for listed in (config.get(name) for name in COUNTS):
+    for listed in (config.value(name) for name in COUNTS):
         if isinstance(listed, list) and listed and all(type(n) is int and n > 0 for n in listed):
             return listed
     if not key:
         return []
-    return [count, count] if str(config.get("model_type")) in _TWO_SETS else [count]
+    return [count, count] if config.text("model_type") in _TWO_SETS else [count]
 
 
 def uneven_experts(checkpoint: Checkpoint) -> Iterator[Finding]:

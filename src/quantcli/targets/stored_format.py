@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import of_cache
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import roles_of
@@ -215,7 +216,7 @@ class StoredFormat(ABC):
         self.checked["experts"] += sum(bool(EXPERT.fullmatch(name)) for name in self.modules)
         yield from uneven_experts(self.checkpoint)
         config = self.checkpoint.text_config
-        family = str(config.get("model_type", self.checkpoint.config.get("model_type")))
+        family = config.text("model_type") or self.checkpoint.config.text("model_type") or ""
         yield from StoredExperts(
             self.checkpoint, family, self.modules, self.builds_quantized
         ).findings()
@@ -314,7 +315,7 @@ def _check_bias(bias: StoredTensor | None, n: int) -> Iterator[Finding]:
         yield failed("parameters", what, f"`{bias.spec.name}`", AGAIN)
 
 
-def _check_serving_dtype(config: Mapping[str, Any]) -> Iterator[Finding]:
+def _check_serving_dtype(config: Settings) -> Iterator[Finding]:
     """A finding for a dtype in config.json in which no engine serves quantized models."""
     dtype = declared_dtype(config)
     if config and dtype not in {"BF16", "F16"}:

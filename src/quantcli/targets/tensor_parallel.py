@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.core.findings import Finding, failed
 from quantcli.targets.base import SplitLimits
 from quantcli.targets.layouts import Sides, StoredModule
@@ -32,13 +32,13 @@ def _cannot_split(size: int, what: str, module: str | None) -> Finding:
 
 
 def check_tp(
-    config: Mapping[str, Any], modules: Iterable[StoredModule], size: int, limits: SplitLimits
+    config: Settings, modules: Iterable[StoredModule], size: int, limits: SplitLimits
 ) -> Iterator[Finding]:
     """Findings for `size` devices; config is the language model's part of config.json."""
-    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if isinstance(heads, int) and heads % size:
+    heads, kv_heads = config.size("num_attention_heads"), config.size("num_key_value_heads")
+    if heads and heads % size:
         yield _cannot_split(size, f"{heads} attention heads cannot be split over {size} devices", None)
-    if isinstance(kv_heads, int) and kv_heads and kv_heads % size and size % kv_heads:
+    if kv_heads and kv_heads % size and size % kv_heads:
         what = f"{kv_heads} key/value heads cannot be split over {size} devices"
         yield _cannot_split(size, what, None)
     for module in modules:
@@ -53,12 +53,12 @@ def check_tp(
             yield _cannot_split(size, what, module.name)
 
 
-def devices_of(module: str, config: Mapping[str, Any], size: int) -> int:
+def devices_of(module: str, config: Settings, size: int) -> int:
     """The number of devices that share a module: fewer than `size` if there are fewer heads."""
-    last, kv_heads = last_part(module), config.get("num_key_value_heads")
+    last, kv_heads = last_part(module), config.size("num_key_value_heads")
     if last in _REPLICATED:
         return 1
-    if last in {"k_proj", "v_proj"} and isinstance(kv_heads, int) and 0 < kv_heads < size:
+    if last in {"k_proj", "v_proj"} and kv_heads and kv_heads < size:
         return kv_heads
     return size
 

@@ -5,8 +5,7 @@ Source: vllm 0.32.0, model_executor/models/registry.py, the keys of `_VLLM_MODEL
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from quantcli.checkpoint.config.settings import Settings
 
 CLASSES = frozenset(
     {
@@ -144,10 +143,9 @@ CLASSES = frozenset(
 )  # fmt: skip
 
 
-def without_class(config: Mapping[str, Any]) -> str | None:
+def without_class(config: Settings) -> str | None:
     """A note on a model for which vLLM has no class; None if it has one, or no class is named."""
-    listed = config.get("architectures")
-    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    names = config.texts("architectures")
     if not names or CLASSES.intersection(names):
         return None
     return (

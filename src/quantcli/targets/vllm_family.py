@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import Draft, draft_of
 from quantcli.checkpoint.head import head_weight
 from quantcli.checkpoint.header import StoredTensor
@@ -207,9 +208,8 @@ _FLAT = re.compile(r".*\.experts\.mlp\.(w1|v1|w2)")
 
 def tied_head(checkpoint: Checkpoint) -> str | None:
     """Name of the lm_head, without `.weight`, of a model that generates and stores none."""
-    names = checkpoint.config.get("architectures")
-    classes = names if isinstance(names, list) else []
-    if not any(str(name).endswith(("ForCausalLM", "ForConditionalGeneration")) for name in classes):
+    classes = checkpoint.config.texts("architectures")
+    if not any(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in classes):
         return None
     if draft_of(checkpoint):
         return None
@@ -228,13 +228,13 @@ def misread_experts(modules: Iterable[Module], model_type: str) -> Iterator[Refu
             return
 
 
-def stacked_experts(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Iterator[Refusal]:
+def stacked_experts(tensors: Mapping[str, TensorSpec], config: Settings) -> Iterator[Refusal]:
     """A refusal of experts that are stored as one tensor, which no target writes quantized.
 
     They would stay float, while the engine builds the experts of their layer as quantized.
     config: that of the language model.
     """
-    family = str(config.get("model_type"))
+    family = config.text("model_type") or "none"
     for name, spec in tensors.items():
         if _set_of(name, spec) is None and not _as_many_as_experts(name, spec, config):
             continue
@@ -252,12 +252,12 @@ def stacked_experts(tensors: Mapping[str, TensorSpec], config: Mapping[str, Any]
         return
 
 
-def _as_many_as_experts(name: str, spec: TensorSpec, config: Mapping[str, Any]) -> bool:
+def _as_many_as_experts(name: str, spec: TensorSpec, config: Settings) -> bool:
     """Whether a tensor of an unknown name has the shape of a stack: [experts, hidden size, any], or the
     last two exchanged. A convolution has not."""
     if len(spec.shape) != 3 or "conv" in name.lower():
         return False
-    count, hidden = count_in(config)[1], config.get("hidden_size")
+    count, hidden = count_in(config)[1], config.size("hidden_size")
     return spec.shape[0] == count > 1 and hidden in spec.shape[1:] and min(spec.shape) > 1
 
 
@@ -325,11 +325,10 @@ def expert_count(checkpoint: Checkpoint) -> tuple[str, int]:
     return count_in(checkpoint.text_config)
 
 
-def count_in(config: Mapping[str, Any]) -> tuple[str, int]:
+def count_in(config: Settings) -> tuple[str, int]:
     """The same, in the config of a language model."""
-    nested = config.get("ffn_config")  # of DBRX
-    levels = (config, nested if isinstance(nested, dict) else {})
-    found = ((key, n) for level in levels for key in COUNTS if type(n := level.get(key)) is int)
+    levels = filter(None, (config, config.table("ffn_config")))  # the second is of DBRX
+    found = ((key, n) for level in levels for key in COUNTS if (n := level.size(key)) is not None)
     return next(found, ("", 0))
 
 
@@ -404,10 +403,10 @@ class VllmTarget(Target):
         )
 
     def check_tensors(
-        self, tensors: Mapping[str, TensorSpec], config: Mapping[str, Any] | None = None
+        self, tensors: Mapping[str, TensorSpec], config: Settings | None = None
     ) -> Iterator[Refusal]:
         """Stacked experts."""
-        return stacked_experts(tensors, config or {})
+        return stacked_experts(tensors, config or Settings({}))
 
     def check_family(self, modules: Sequence[Module], model_type: str) -> Iterator[Refusal]:
         """Experts of families whose loaders misread single ones."""

@@ -9,7 +9,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS, Checkpoint
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint
+from quantcli.checkpoint.config.places import QUANTIZATION_KEYS, TEXT
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.head import head_weight
 from quantcli.checkpoint.spec import FLOAT_NAMES, FLOATS
 from quantcli.core.findings import Finding, failed, noted
@@ -19,7 +21,6 @@ from quantcli.targets.layouts import own_names
 from quantcli.targets.sidecars import declared_dtype, named_dtype, quantization_block
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # of new and of old versions of transformers
-_TEXT = "text_config"
 _SERVED = frozenset({"BF16", "F16"})
 # A recipe for an engine that serves in float16 alone: the ascend target's option.
 _FLOAT16_ALONE = re.compile(r"\bdevice\b\W+310P\b")
@@ -40,12 +41,12 @@ def check_dtypes(stored: StoredCheckpoint, manifest: Mapping[str, Any] | None) -
     declared = declared_dtype(config)
     serving = next((d for d in _SERVED if manifest and manifest.get("serving_dtype") == d), None)
     expected = serving or declared
-    for place, level in _text_levels(config):
+    for level in _text_levels(config):
         for key in _DTYPE_KEYS:
-            dtype = named_dtype(level.get(key))
+            dtype = named_dtype(level.value(key))
             if dtype in {None, expected} or dtype == declared not in _SERVED:
                 continue
-            what = f"`{place}{key}` is {level[key]!r:.40}; "
+            what = f"`{level.key_path(key)}` is {level.value(key)!r:.40}; "
             if serving:
                 what += f"the manifest says that the model is served in {serving}"
                 yield failed("config", what, CONFIG, f"set it to {_name(serving)}")
@@ -74,10 +75,12 @@ def _rounded(stored: StoredCheckpoint, serving: str | None) -> Iterator[Finding]
 def check_tied(checkpoint: Checkpoint) -> Iterator[Finding]:
     """A note for a head that is stored though config.json says, at either level, that it is tied."""
     head = head_weight(stored.spec for stored in checkpoint.tensors.values())
-    for place, level in _text_levels(checkpoint.config):
-        if head and level.get("tie_word_embeddings") is True:
-            what = f"`{place}tie_word_embeddings` is true, and `{head}` is stored: engines that "
-            what += "read this key leave it out, and take the embeddings for a head"
+    for level in _text_levels(checkpoint.config):
+        if head and level.flag("tie_word_embeddings"):
+            what = (
+                f"`{level.key_path('tie_word_embeddings')}` is true, and `{head}` is stored: engines "
+            )
+            what += "that read this key leave it out, and take the embeddings for a head"
             yield noted("config", what, CONFIG)
 
 
@@ -99,18 +102,20 @@ def compare_config(
 def _compare_config(
     ours: Checkpoint, reference: Checkpoint, manifest: Mapping[str, Any] | None
 ) -> Iterator[Finding]:
-    first, second = ours.config, reference.config
+    config, others = ours.config.plain(), reference.config.plain()
+    first, second = config, others
     if manifest is None:  # saved by another producer
         first, second = ({k: v for k, v in c.items() if k not in OF_PRODUCER} for c in (first, second))
-        if len({any(_ROPE in level for _, level in _text_levels(c)) for c in (first, second)}) > 1:
+        if len({any(_ROPE in part for part in _text_levels(c.config)) for c in (ours, reference)}) > 1:
             first, second = _with_rope(first), _with_rope(second)
     yield from _differences(first, second)
-    yield from _added_quantization(ours.config, reference.config)
+    yield from _added_quantization(ours.config, others)
     serving = _serving(reference, manifest)
-    places = {place for place, _ in _text_levels(ours.config)}
-    others = dict(_levels(reference.config))
-    for place, level in _levels(ours.config):
-        yield from _dtypes(place, level, others.get(place, {}), serving if place in places else None)
+    places = {part.key_path("") for part in _text_levels(ours.config)}
+    levels = dict(_levels(others))
+    for place, level in _levels(config):
+        of_text = place.removesuffix(".") in places
+        yield from _dtypes(place, level, levels.get(place, {}), serving if of_text else None)
 
 
 def _dtypes(
@@ -178,12 +183,12 @@ def _with_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in table.items() if k not in _OLD_ROPE} | {_ROPE: rope}
 
 
-def _added_quantization(ours: dict[str, Any], reference: dict[str, Any]) -> Iterator[Finding]:
+def _added_quantization(ours: Settings, reference: dict[str, Any]) -> Iterator[Finding]:
     """Findings for quantization that is neither the one that engines read nor the other model's."""
-    block, others = quantization_block(ours), dict(_levels(reference))
-    for place, level in _levels(ours):
+    block, others = quantization_block(ours).place, dict(_levels(reference))
+    for place, level in _levels(ours.plain()):
         for key in QUANTIZATION_KEYS:
-            added = key in level and level[key] is not block
+            added = key in level and f"{place}{key}" != block
             if added and not _same(level[key], others.get(place, {}).get(key, _ABSENT)):
                 what = f"`{place}{key}` is not in the other model, and engines read another block"
                 yield failed("source", what, CONFIG, "remove it")
@@ -207,11 +212,11 @@ def _levels(config: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, M
             yield from _levels(value, f"{place}{key}.")
 
 
-def _text_levels(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _text_levels(config: Settings) -> Iterator[Settings]:
     """The two levels at which engines look for the language model."""
-    yield "", config
-    if isinstance(nested := config.get(_TEXT), dict):
-        yield f"{_TEXT}.", nested
+    yield config
+    if (nested := config.table(TEXT)) is not None:
+        yield nested
 
 
 def _same(value: Any, other: Any) -> bool:

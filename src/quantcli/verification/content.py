@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.manifest import tool_text
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.targets.base import StoredCheckpoint
@@ -14,7 +15,7 @@ from quantcli.verification.outcome import Maker, SizeReport
 FLOAT = "FLOAT"  # the label of what is not quantized
 
 
-def maker_of(manifest: Mapping[str, Any] | None, config: Mapping[str, Any]) -> Maker | None:
+def maker_of(manifest: Mapping[str, Any] | None, config: Settings) -> Maker | None:
     """The tool that made a checkpoint, and its recipe; None if neither manifest nor config.json says.
 
     All of it is as the checkpoint says: whoever can change the checkpoint can change it.
@@ -22,13 +23,12 @@ def maker_of(manifest: Mapping[str, Any] | None, config: Mapping[str, Any]) -> M
     if manifest is not None:
         recipe = manifest.get("recipe")
         return Maker(tool_text(manifest.get("tool")), recipe if isinstance(recipe, str) else None)
-    block = config.get("quantization_config")
-    if not isinstance(block, dict):
+    block = config.object_of("quantization_config")
+    if block is None:
         return None
-    producer = block.get("producer")
-    named = producer if isinstance(producer, dict) else {}
-    name = named.get("name", block.get("quant_method"))
-    version = named.get("version", block.get("version"))
+    producer = block.object_of("producer") or Settings({})
+    name = producer.value("name") or block.value("quant_method")
+    version = (producer if "version" in producer else block).value("version")
     if not isinstance(name, str):
         return None
     return Maker(f"{name:.40} {version:.40}" if isinstance(version, str) else f"{name:.40}", None)

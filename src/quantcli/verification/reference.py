@@ -290,7 +290,7 @@ def other_model(ours: Checkpoint, reference: Checkpoint) -> Finding | None:
     """A finding if both cannot be of one model, so that nothing else need be compared."""
     unlike = _embeddings(ours) != _embeddings(reference)
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
-        value, other = ours.text_config.get(key), reference.text_config.get(key)
+        value, other = ours.text_config.value(key), reference.text_config.value(key)
         if value != other and (unlike or key == "model_type"):
             what = f"these are different models: {key} is {value!r:.40} here and {other!r:.40} there"
             fix = "give --against the model that the checkpoint was made from"

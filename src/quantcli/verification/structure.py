@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, scan_checkpoint
+from quantcli.checkpoint.config.settings import WrongType
+from quantcli.checkpoint.config.sizes import Contradiction
 from quantcli.checkpoint.detect import draft_of, quantization
 from quantcli.checkpoint.files import (
     INDEX,
@@ -140,10 +142,19 @@ def _must_be_installed(structure: Structure) -> None:
 
 
 def _check(structure: Structure, tp: Sequence[int]) -> None:
-    """Check a checkpoint that could be structure. InputError if its format is not known."""
+    """Check a checkpoint that could be opened. InputError if its format is not known."""
     report, checkpoint = structure.report, structure.checkpoint
     if checkpoint is None:
         return
+    try:
+        _check_opened(structure, checkpoint, tp)
+    except WrongType as error:
+        if not any(finding.what == error.what for finding in report.errors):
+            report.add([of_error("config", error)])
+
+
+def _check_opened(structure: Structure, checkpoint: Checkpoint, tp: Sequence[int]) -> None:
+    report = structure.report
     target = target_of(checkpoint)
     if target is None:
         _must_be_installed(structure)
@@ -221,6 +232,8 @@ def _problems(problems: Iterable[QuantError]) -> Iterator[Finding]:
 
 
 def _check_of(error: QuantError) -> str:
+    if isinstance(error, Contradiction):
+        return "sizes"
     if CONFIG in error.what or (error.where or "").endswith(CONFIG):
         return "config"
     index = "index" in error.what or INDEX in (error.where or "") or "shard" in error.what
@@ -308,7 +321,7 @@ def _layers(stored: Model) -> Iterator[Finding]:
         if absent < max(layers):
             yield failed("layers", f"layer {absent} is missing", f"`{stack}`", CONVERT)
         yield from _incomplete(checkpoint, stack, layers)
-    yield from check_sizes(stored, [len(layers) for layers in stacks.values()])
+    yield from check_sizes(stored)
     if lm_head(checkpoint) == "lost":
         what = "lm_head is missing, though config.json says that embeddings are not tied"
         yield failed("layers", what, str(checkpoint.path), CONVERT)
@@ -352,8 +365,7 @@ def _described(checkpoint: Checkpoint, layers: Collection[int]) -> dict[int, tup
     to the last, and whether it is one of the last `num_kv_shared_layers`, which have no keys and values
     of their own."""
     config, count = checkpoint.text_config, max(layers) + 1  # may be any number: a name has it
-    values = [config.get(key) for key in _LISTS]
+    values = [config.value(key) for key in _LISTS]
     lists = [value for value in values if isinstance(value, (list, str)) and len(value) == count]
-    shared = config.get("num_kv_shared_layers")
-    own = count - (shared if type(shared) is int else 0)
+    own = count - (config.size("num_kv_shared_layers") or 0)
     return {index: (*(values[index] for values in lists), index < own) for index in layers}

@@ -73,7 +73,7 @@ class Columns(VllmTarget):
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         """By the name."""
-        return quantization_block(checkpoint.config).get("quant_method") == NAME
+        return quantization_block(checkpoint.config).text("quant_method") == NAME
 
     def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """Modules with `codes`."""

@@ -82,7 +82,7 @@ class TwoLevelTensors(VllmTarget):
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         """By the name."""
-        return quantization_block(checkpoint.config).get("quant_method") == NAME
+        return quantization_block(checkpoint.config).text("quant_method") == NAME
 
     def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """Modules with a scale."""

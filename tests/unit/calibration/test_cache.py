@@ -1,6 +1,7 @@
 """Keys and values on their way into the cache: seen in every family, and rounded as engines do it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,8 +28,12 @@ HYBRID = {"granitemoehybrid": 3, "qwen3_5_moe": 1}  # layers of attention among 
 PLAIN = ["llama", "gemma2", "phi3", "qwen3_moe", *HYBRID, "llama4_text", "gemma4_text", "stablelm"]
 
 
-def layers_of(run):
-    checkpoint = run.skeleton.checkpoint
+def configured(checkpoint, **changes):
+    return replace(checkpoint, config=checkpoint.config.with_values(**changes))
+
+
+def layers_of(run, **changes):
+    checkpoint = configured(run.skeleton.checkpoint, **changes)
     shapes = {name.removesuffix(".weight"): t.spec.shape for name, t in checkpoint.tensors.items()}
     return attention_layers(checkpoint, roles_of(checkpoint), shapes)
 
@@ -103,9 +108,8 @@ def test_what_comes_out_of_the_cache_is_what_attention_reads(tmp_path):
 )
 def test_models_without_a_cache_of_a_decoder(tmp_path, changes, said):
     run = Replayed(make_tiny(tmp_path / "m", "llama"), make_batches())
-    run.skeleton.checkpoint.config.update(changes)
     with pytest.raises(InputError, match=said):
-        layers_of(run)
+        layers_of(run, **changes)
 
 
 def test_latents_are_seen_and_replaced(tmp_path):
@@ -134,9 +138,8 @@ def test_latents_are_seen_and_replaced(tmp_path):
 
 def test_latents_of_other_sizes_than_config_json_gives(tmp_path):
     run = Replayed(make_tiny(tmp_path / "m", "deepseek_v3"), make_batches())
-    run.skeleton.checkpoint.config["v_head_dim"] = 24
     with pytest.raises(InputError, match=r"kv_b_proj \[128, 16\] is not of the sizes"):
-        layers_of(run)
+        layers_of(run, v_head_dim=24)
 
 
 def test_queries_that_meet_latents():
@@ -153,8 +156,10 @@ def test_queries_that_meet_latents():
 
 def test_layers_that_share_a_cache_have_none(tmp_path):
     run = Replayed(make_tiny(tmp_path / "m", "llama"), make_batches())
-    run.skeleton.checkpoint.config["num_kv_shared_layers"] = 1
-    assert list(layers_of(run)) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+    assert list(layers_of(run, num_kv_shared_layers=1)) == [
+        "model.layers.0.self_attn",
+        "model.layers.1.self_attn",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +185,7 @@ def test_heads_by_layer(tmp_path, family, changes, module, rows, heads, width):
     checkpoint = Replayed(make_tiny(tmp_path / "m", family), make_batches()).skeleton.checkpoint
     roles, shapes = roles_of(checkpoint), {n.removesuffix(".weight"): t.spec.shape
                                            for n, t in checkpoint.tensors.items()}  # fmt: skip
-    checkpoint.config.update(changes)
+    checkpoint = configured(checkpoint, **changes)
     shapes[f"model.layers.1.{module}"] = (rows, 64)
     layer = attention_layers(checkpoint, roles, shapes)["model.layers.1.self_attn"]
     assert (layer.heads, layer.widths[0]) == (heads, width)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.detect import Quantization, quantization
+from quantcli.core.errors import InputError
 from tests.builders import Tensor, make_model, tensor
 
 I8 = tensor("I8", 2, 2)
@@ -112,22 +114,34 @@ def method(**block: Any) -> dict[str, Any]:
             Quantization(f"'\\x1b[2J' ({'x' * 40})", 1, "`a.weight` I8 [2, 2]"),
             id="hostile-words",
         ),
-        pytest.param(
-            {"a.weight": I8},
-            method(quant_method={"deep": [[[[[[[[[[1]]]]]]]]]]}),
-            Quantization("{'deep': [[[[[[...]]]]]]}", 1, "`a.weight` I8 [2, 2]"),
-            id="method-of-another-type",
-        ),
-        pytest.param(
-            {"a.weight": I8},
-            {"quantization_config": "int8"},
-            Quantization("unnamed, I8", 1, "`a.weight` I8 [2, 2]"),
-            id="config-of-another-type",
-        ),
     ],
 )
 def test_named(tmp_path: Path, tensors: dict[str, Tensor], config: Any, expected: Quantization) -> None:
     assert told(tmp_path, tensors, config) == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (
+            method(quant_method={"deep": [1]}),
+            "quantization_config.quant_method` should be text, not an",
+        ),
+        (method(quant_method=["fp8"]), "quantization_config.quant_method` should be text, not a list"),
+        ({"quantization_config": "int8"}, "quantization_config` should be an object, not text: it is"),
+        (
+            {"text_config": {"compression_config": 3}},
+            "text_config.compression_config` should be an obj",
+        ),
+    ],
+)
+def test_a_name_of_another_type_is_refused(tmp_path: Path, config: Any, what: str) -> None:
+    checkpoint = open_checkpoint(
+        make_model(tmp_path, {"model.safetensors": {"a.weight": I8}}, config=config)
+    )
+    with pytest.raises(InputError, match=re.escape(f"config.json: `{what}")) as refused:
+        quantization(checkpoint)
+    assert refused.value.where == str(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize(

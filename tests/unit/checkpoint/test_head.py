@@ -32,8 +32,6 @@ def model(tmp_path: Path, *names: str, files: dict[str, str] | None = None, **co
         (["MyForSequenceClassification", "MyForCausalLM"], True),
         ([], True),
         (None, True),
-        ("LlamaModel", True),
-        ([7], True),
         (["LlamaForSequenceClassification"], False),
         (["BertForTokenClassification"], False),
         (["InternLM2ForRewardModel"], False),

@@ -184,9 +184,7 @@ def test_the_whole_account(model: Path) -> None:
     ("config", "model_type", "architectures"),
     [
         ({}, None, []),
-        ({"model_type": 5, "architectures": 5}, None, []),
-        ({"model_type": "\x1b[2J", "architectures": ["\x1b[2J", "Good", None]}, None, ["Good"]),
-        ({"model_type": {}, "architectures": "Lone"}, None, ["Lone"]),
+        ({"model_type": "\x1b[2J", "architectures": ["\x1b[2J", "Good"]}, None, ["Good"]),
     ],
 )
 def test_words_of_config_json_are_shown_only_where_they_are_words(
@@ -194,6 +192,32 @@ def test_words_of_config_json_are_shown_only_where_they_are_words(
 ) -> None:
     account = inspect_checkpoint(open_checkpoint(make_model(tmp_path, config=config)))
     assert (account["model_type"], account["architectures"]) == (model_type, architectures)
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"model_type": ["qwen3"]}, "model_type` should be text, not a list"),
+        ({"model_type": 5}, "model_type` should be text, not the number 5"),
+        (
+            {"architectures": "Lone"},
+            "architectures` should be a list of texts, not text: it is 'Lone'",
+        ),
+        (
+            {"architectures": [None]},
+            "architectures` should be a list of texts, not one of other things",
+        ),
+        ({"text_config": "\x1b[2J"}, "text_config` should be an object, not text: it is '\\x1b[2J'"),
+    ],
+)
+def test_cli_refuses_values_of_another_type(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: Any, what: str
+) -> None:
+    model = make_model(tmp_path, config=config)
+    code, _, err = run(capsys, str(model))
+    assert code == 2
+    assert err.startswith(f"error: config.json: `{what}")
+    assert f"\n  --> {model / 'config.json'}\n  fix: " in err
 
 
 @pytest.mark.parametrize(
@@ -317,7 +341,7 @@ def test_cli_refusal_is_one_document_too(model: Path, capsys: pytest.CaptureFixt
 
 
 def test_cli_survives_a_hostile_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hostile = {"model_type": ["\x1b[2J"], "architectures": {"a": 1}, "text_config": "x"}
+    hostile = {"model_type": "\x1b[2J", "architectures": ["\x1b[2J"], "text_config": {"\x1b[2J": []}}
     model = make_model(tmp_path / "model", config=hostile, files={"\x1b[2J": "", "\udcff": ""})
     for flags in ([], ["--json"]):
         code, out, err = run(capsys, str(model), *flags)

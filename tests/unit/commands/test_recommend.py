@@ -202,7 +202,9 @@ def test_experts_that_are_alike_count_as_all(tmp_path, recipe, stacked):
 def test_experts_that_differ_are_all_planned(tmp_path):
     shapes = attention(0) | {"model.layers.0.mlp.gate.weight": (2, 64)}
     shapes |= {f"model.layers.0.mlp.experts.{e}.down_proj.weight": (64, 32 * (e + 1)) for e in range(2)}
-    model = model_of(headers(tmp_path / "model", shapes, model_type="qwen3_moe", num_experts=2))
+    model = model_of(
+        headers(tmp_path / "model", shapes, model_type="qwen3_moe", num_experts=2, num_hidden_layers=1)
+    )
     assert model.times == {}
     assert unquantized_nbytes(model, 1) == model.whole.nbytes
 

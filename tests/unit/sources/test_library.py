@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.sources.decode import decoded
 from quantcli.sources.expert_stack import ExpertMatrix
@@ -84,7 +85,7 @@ def is_known(folder: str) -> bool:
     if any(kind in EXPERTS for kind in model_types(folder)):
         return True
     specs = {"m.layers.0.mlp.input_linear.weight": TensorSpec("x", "BF16", (4, 16, 8))}
-    (refusal,) = CompressedTensors().check_tensors(specs, {"model_type": folder})
+    (refusal,) = CompressedTensors().check_tensors(specs, Settings({"model_type": folder}))
     return "order that is not known" not in refusal.what
 
 
@@ -100,7 +101,9 @@ CONFIG = {"model_type": "new_moe", "num_experts": 4, "hidden_size": 32}
 
 
 def refusals(shape, name=NAME, config=CONFIG):
-    return list(CompressedTensors().check_tensors({name: TensorSpec(name, "BF16", shape)}, config))
+    return list(
+        CompressedTensors().check_tensors({name: TensorSpec(name, "BF16", shape)}, Settings(config))
+    )
 
 
 @pytest.mark.parametrize("shape", [(4, 48, 32), (4, 32, 48)])

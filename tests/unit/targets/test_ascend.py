@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module
 from quantcli.core.registry import discover
@@ -271,7 +272,11 @@ def test_static_modules_are_described_tensor_by_tensor():
 def described(tensors, modules=(), config=None, serving="BF16"):
     specs = {name: TensorSpec(name, "BF16", (4, 4)) for name in tensors}
     output = PlannedCheckpoint(
-        list(modules), specs, dict.fromkeys(tensors, "f"), config or {"dtype": "bfloat16"}, serving
+        list(modules),
+        specs,
+        dict.fromkeys(tensors, "f"),
+        Settings(config or {"dtype": "bfloat16"}),
+        serving,
     )
     files = {name: json.loads(content) for name, content in TARGET.sidecars(output).items()}
     return files["quant_model_description.json"], files

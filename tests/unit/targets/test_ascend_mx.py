@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.numerics import Module, Numerics, Operand, decompose
 from quantcli.targets.ascend.target import Ascend
@@ -145,7 +146,8 @@ def test_a_bias_that_the_matmul_does_not_take():
 
 def described(modules, tp=None):
     specs = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "U8", m.shape) for m in modules}
-    output = PlannedCheckpoint(modules, specs, dict.fromkeys(specs, "f"), {"dtype": "bfloat16"}, "BF16")
+    config = Settings({"dtype": "bfloat16"})
+    output = PlannedCheckpoint(modules, specs, dict.fromkeys(specs, "f"), config, "BF16")
     return json.loads(Ascend(tp=tp).sidecars(output)["quant_model_description.json"])
 
 

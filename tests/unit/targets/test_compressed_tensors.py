@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.codes import pack_signed, unpack_signed
 from quantcli.core.errors import InputError
@@ -338,7 +339,8 @@ def configured(modules, tied=False):
     specs = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "BF16", m.shape) for m in modules}
     if tied:
         specs["model.embed_tokens.weight"] = TensorSpec("model.embed_tokens.weight", "BF16", (8, 8))
-    output = PlannedCheckpoint(modules, specs, dict.fromkeys(specs, "f"), {"dtype": "bfloat16"}, "BF16")
+    config = Settings({"dtype": "bfloat16"})
+    output = PlannedCheckpoint(modules, specs, dict.fromkeys(specs, "f"), config, "BF16")
     return json.loads(TARGET.sidecars(output)["config.json"])["quantization_config"]
 
 
@@ -451,7 +453,7 @@ def test_folding_keeps_names_that_nothing_tells_apart():
 def test_a_group_of_wrong_types_is_a_finding(changes, what):
     """Values of any JSON type may stand for names; the group keeps its place without numerics."""
     table = {"targets": ["Linear"], "format": "int-quantized", "weights": {}} | changes
-    config = read_groups({"config_groups": {"g": table}})
+    config = read_groups(Settings({"config_groups": {"g": table}}))
     assert [finding.severity for finding in config.findings] == ["error"]
     assert f"`config_groups.g` {what}" in config.findings[0].what
     assert [(group.numerics, group.kind) for group in config.groups] == [(None, None)]
@@ -464,7 +466,7 @@ MXFP8 = {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, 
 def grouped(weights, inputs, form="mxfp8-quantized"):
     """One group as it is read, and the texts of the findings."""
     table = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-    config = read_groups({"format": form, "config_groups": {"g": table}})
+    config = read_groups(Settings({"format": form, "config_groups": {"g": table}}))
     (group,) = config.groups
     return group, [finding.what for finding in config.findings]
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
@@ -123,7 +124,8 @@ def configured(*modules, tied=False):
     specs = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "BF16", m.shape) for m in built}
     if tied:
         specs["model.embed_tokens.weight"] = TensorSpec("model.embed_tokens.weight", "BF16", (8, 8))
-    output = PlannedCheckpoint(built, specs, dict.fromkeys(specs, "f"), {"dtype": "bfloat16"}, "BF16")
+    config = Settings({"dtype": "bfloat16"})
+    output = PlannedCheckpoint(built, specs, dict.fromkeys(specs, "f"), config, "BF16")
     return json.loads(TARGET.sidecars(output)["config.json"])["quantization_config"]
 
 
@@ -165,7 +167,7 @@ def test_config_without_blocks_and_with_a_tied_head(numerics, inputs):
 @pytest.mark.parametrize("numerics", [BLOCK, TENSOR, STATIC])
 def test_what_is_written_is_read(numerics):
     block = configured((f"{L}.self_attn.o_proj", SQUARE, numerics), ("lm_head", SQUARE, None))
-    said = read_config(block)
+    said = read_config(Settings(block))
     assert (said.numerics, said.ignored, said.findings) == (numerics, {"lm_head"}, [])
 
 
@@ -174,14 +176,14 @@ GOOD = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 
 def test_the_list_of_the_engines_own_name_counts_if_it_has_any():
     both = GOOD | {"ignored_layers": ["a"], "modules_to_not_convert": ["b"]}
-    assert read_config(both).ignored == {"a"}
-    assert [found.severity for found in read_config(both).findings] == ["note"]
-    assert read_config(both | {"ignored_layers": []}).ignored == {"b"}
-    assert read_config(GOOD | {"modules_to_not_convert": None}).ignored == set()
+    assert read_config(Settings(both)).ignored == {"a"}
+    assert [found.severity for found in read_config(Settings(both)).findings] == ["note"]
+    assert read_config(Settings(both | {"ignored_layers": []})).ignored == {"b"}
+    assert read_config(Settings(GOOD | {"modules_to_not_convert": None})).ignored == set()
 
 
 def test_other_blocks_than_are_written():
-    assert read_config(GOOD | {"weight_block_size": [64, 32]}).numerics == numerics_of(
+    assert read_config(Settings(GOOD | {"weight_block_size": [64, 32]})).numerics == numerics_of(
         "dynamic", (64, 32)
     )
 
@@ -205,6 +207,6 @@ def test_other_blocks_than_are_written():
     ],
 )
 def test_config_that_engines_do_not_take(changes, word):
-    said = read_config(GOOD | changes)
+    said = read_config(Settings(GOOD | changes))
     assert said.numerics is None
     assert any(word in found.what and found.severity == "error" for found in said.findings)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module, Numerics, Operand
@@ -176,7 +177,7 @@ def planned(modules):
     """A planned checkpoint of these modules: name -> numerics."""
     made = [Module(name, (64, 64), numerics) for name, numerics in modules.items()]
     tensors = {f"{m.name}.weight": TensorSpec(f"{m.name}.weight", "BF16", m.shape) for m in made}
-    return PlannedCheckpoint(made, tensors, {}, {}, "BF16")
+    return PlannedCheckpoint(made, tensors, {}, Settings({}), "BF16")
 
 
 def block_of(modules):
@@ -257,7 +258,7 @@ def test_experts_are_looked_up_by_their_layer(experts):
 
 def test_what_is_written_is_read_as_it_was_meant():
     modules = model(12, mixed)
-    config = read_config(block_of(modules))
+    config = read_config(Settings(block_of(modules)))
     assert config.findings == []
     for name, numerics in modules.items():
         if "layers" in name:
@@ -293,7 +294,7 @@ BLOCK = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False,
     ids=str,
 )
 def test_a_config_of_nonsense_is_a_finding(change, words):
-    config = read_config(BLOCK | change)
+    config = read_config(Settings(BLOCK | change))
     errors = [finding.what for finding in config.findings if finding.severity == "error"]
     assert any(words in what for what in errors), errors
     assert config.usual is None
@@ -301,7 +302,7 @@ def test_a_config_of_nonsense_is_a_finding(change, words):
 
 @pytest.mark.parametrize("key", ["bits", "group_size", "desc_act", "sym"])
 def test_keys_that_vllm_needs(key):
-    config = read_config({k: v for k, v in BLOCK.items() if k != key})
+    config = read_config(Settings({k: v for k, v in BLOCK.items() if k != key}))
     assert [f.what for f in config.findings if f"no `{key}`" in f.what]
 
 
@@ -311,7 +312,7 @@ def test_keys_that_vllm_needs(key):
      ({"is_marlin_format": True}, "layout `marlin`")],
 )  # fmt: skip
 def test_layouts_that_are_not_read(change, form):
-    config = read_config(BLOCK | change)
+    config = read_config(Settings(BLOCK | change))
     assert form in config.unchecked
     assert config.usual is None
     assert config.findings == []
@@ -319,7 +320,7 @@ def test_layouts_that_are_not_read(change, form):
 
 def test_a_layout_that_is_not_text_is_not_read():
     assert (
-        read_config(BLOCK | {"checkpoint_format": ["gptq"]}).unchecked
+        read_config(Settings(BLOCK | {"checkpoint_format": ["gptq"]})).unchecked
         == "GPTQ in the layout `['gptq']`"
     )
 
@@ -338,7 +339,7 @@ def test_an_empty_weight_is_a_finding_or_nothing(tmp_path):
 
 def test_the_first_rule_counts():
     rules = {"-:.*\\.a$": {}, "+:.*\\.[ab]$": {"bits": 8}, ".*\\.c$": {"group_size": -1, "sym": False}}
-    config = read_config(BLOCK | {"dynamic": rules})
+    config = read_config(Settings(BLOCK | {"dynamic": rules}))
     assert config.kind_of(["x.a"]) is None
     assert config.kind_of(["x.b"]) == Kind(8, 32)
     assert config.kind_of(["x.c"]) == Kind(4, -1, symmetric=False)

@@ -6,6 +6,7 @@ from fnmatch import fnmatch, fnmatchcase
 import pytest
 import torch
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype, torch_dtype
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Module
@@ -181,7 +182,7 @@ def described(*modules, tied=False, **config):
     if tied:
         specs["model.embed_tokens.weight"] = TensorSpec("model.embed_tokens.weight", "BF16", (8, 8))
     config = {"dtype": "bfloat16", **config}
-    output = PlannedCheckpoint(built, specs, dict.fromkeys(specs, "f"), config, "BF16")
+    output = PlannedCheckpoint(built, specs, dict.fromkeys(specs, "f"), Settings(config), "BF16")
     files = TARGET.sidecars(output)
     config = json.loads(files.get("config.json", b"{}")).get("quantization_config")
     own = files.get("hf_quant_config.json")

@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import Draft
 from quantcli.core.numerics import CACHES
 from quantcli.core.registry import discover
@@ -15,7 +16,7 @@ from quantcli.targets.serving import TARGET_MODEL, Served
 
 
 def commands(target, *labels, model="OUT", options=None, **facts):
-    served = Served(frozenset(labels), facts.pop("config", {}), **facts)
+    served = Served(frozenset(labels), Settings(facts.pop("config", {})), **facts)
     found = discover(Target)[target].model_validate(options or {}).serve(served, model)
     return {command.engine: command.text for command in found}
 
@@ -74,7 +75,7 @@ def test_code_of_the_checkpoint_needs_leave_and_is_pointed_out():
     assert [line.rpartition(" ")[2] for line in found.values()] == [
         "--trust-remote-code", "--trust-remote-code", "--trust_remote_code"
     ]  # fmt: skip
-    served = Served(frozenset({"W8A8"}), config)
+    served = Served(frozenset({"W8A8"}), Settings(config))
     (command,) = discover(Target)["ascend"]().serve(served, "OUT")
     assert "Python code of its own" in (command.note or "")
 

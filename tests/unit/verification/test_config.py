@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec
+from quantcli.core.errors import InputError
 from quantcli.verification.config import check_dtypes, check_tied, compare_config
 
 HEAD = {"lm_head.weight": SimpleNamespace(spec=TensorSpec("lm_head.weight", "BF16", (8, 4)))}
@@ -13,7 +15,7 @@ BLOCK = {"quant_method": "compressed-tensors"}
 
 
 def model(config, tensors=()):
-    return SimpleNamespace(config=config, tensors=dict(tensors), path="OUT")
+    return SimpleNamespace(config=Settings(config), tensors=dict(tensors), path="OUT")
 
 
 def differences(ours, reference, *, sealed=True, recipe="target: ascend"):
@@ -111,12 +113,17 @@ def test_dtypes_and_quantization_that_no_conversion_sets(ours, reference, what):
     assert differences(ours, reference) == [what]
 
 
-@pytest.mark.parametrize("value", [7, None, [], {}, ["bfloat16"], {"text": "bfloat16"}])
+@pytest.mark.parametrize("value", [7, [], {}, ["bfloat16"], {"text": "bfloat16"}])
 def test_a_dtype_that_is_not_text(value):
-    (what,) = differences({"dtype": value}, {"dtype": "bfloat16"})
-    assert what.startswith(f"`dtype` is {value!r} in config.json; by the other model it is bfloat16")
-    assert differences({"dtype": value}, {"dtype": value}) == []
-    assert list(check_dtypes(stored({"dtype": value}), {"serving_dtype": ["BF16"]})) == []
+    with pytest.raises(InputError, match=r"config\.json: `dtype` should be text, not "):
+        list(check_dtypes(stored({"dtype": value}), {"serving_dtype": ["BF16"]}))
+
+
+def test_no_dtype():
+    (what,) = differences({"dtype": None}, {"dtype": "bfloat16"})
+    assert what.startswith("`dtype` is None in config.json; by the other model it is bfloat16")
+    assert differences({"dtype": None}, {"dtype": None}) == []
+    assert list(check_dtypes(stored({"dtype": None}), {"serving_dtype": ["BF16"]})) == []
 
 
 def test_nesting_without_end():

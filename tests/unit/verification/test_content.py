@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.verification.content import maker_of, sizes_of
 
@@ -55,10 +56,10 @@ def test_a_stack_counts_once():
     ],
 )  # fmt: skip
 def test_the_maker(manifest, config, tool, recipe):
-    maker = maker_of(manifest, config)
+    maker = maker_of(manifest, Settings(config))
     assert (maker.tool, maker.recipe) == (tool, recipe)
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}, {"quantization_config": {}}])
 def test_a_maker_that_nothing_names(config):
-    assert maker_of(None, config) is None
+    assert maker_of(None, Settings(config)) is None

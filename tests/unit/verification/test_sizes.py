@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.verification.sizes import check_sizes
 
 HEADS = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
@@ -17,9 +18,9 @@ def findings(config, shapes, stack="model.layers.0"):
         )
         for name, shape in shapes.items()
     }
-    checkpoint = SimpleNamespace(text_config=config, tensors=tensors, path="m")
+    checkpoint = SimpleNamespace(text_config=Settings(config), tensors=tensors, problems=[])
     model = SimpleNamespace(checkpoint=checkpoint, modules={}, unchecked={})
-    return [f.what for f in check_sizes(model, [])]
+    return [f.what for f in check_sizes(model)]
 
 
 @pytest.mark.parametrize(
@@ -47,10 +48,10 @@ def test_heads_of_another_tower_are_not_those_of_the_text():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"q": (256, 64)}, "makes `self_attn.q_proj` 128 rows; it has 256"),
-        ({"k": (128, 64)}, "makes `self_attn.k_proj` 64 rows; it has 128"),
-        ({"v": (32, 64)}, "makes `self_attn.v_proj` 64 rows; it has 32"),
-        ({"o": (64, 64)}, "makes `self_attn.o_proj` 128 columns; it has 64"),
+        ({"q": (256, 64)}, "it makes `model.layers.0.self_attn.q_proj` 128 rows; it has 256"),
+        ({"k": (128, 64)}, "it makes `model.layers.0.self_attn.k_proj` 64 rows; it has 128"),
+        ({"v": (32, 64)}, "it makes `model.layers.0.self_attn.v_proj` 64 rows; it has 32"),
+        ({"o": (64, 64)}, "it makes `model.layers.0.self_attn.o_proj` 128 columns; it has 64"),
     ],
 )
 def test_other_heads(change, said):

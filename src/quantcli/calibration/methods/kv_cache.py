@@ -155,7 +155,9 @@ class CachePass(Measurement):
         self._cache = LATENTS if latents else method.cache
         new = partial(Magnitudes, self._cache, counted=method.chosen_by != "minmax")
         sizes = work.run.skeleton.checkpoint.text_config
-        self._seen = CacheInputs(new, self._attention, sizes["qk_nope_head_dim"] if latents else 0)
+        self._seen = CacheInputs(
+            new, self._attention, (sizes.size("qk_nope_head_dim") or 0) if latents else 0
+        )
 
     def hooks(self) -> Sequence[CacheInputs]:
         """What enters the cache."""
@@ -200,11 +202,10 @@ class CachePass(Measurement):
         """Channels of a head that rotary embeddings turn."""
         config = self._work.run.skeleton.checkpoint.text_config
         width = layer.widths[0] // layer.heads
-        share = config.get("partial_rotary_factor")
-        rope = config.get("rope_parameters")
-        if share is None and isinstance(rope, dict):
-            share = rope.get("partial_rotary_factor")
-        return int(width * share) if isinstance(share, float) and 0 < share < 1 else width
+        share, rope = config.number("partial_rotary_factor"), config.table("rope_parameters")
+        if share is None and rope is not None:
+            share = rope.number("partial_rotary_factor")
+        return int(width * share) if share is not None and 0 < share < 1 else width
 
     def _must_fit(self, layer: AttentionLayer, side: str) -> None:
         heads, width = self._seen.shapes[layer.name, side]

@@ -68,8 +68,7 @@ def _weights(work: Work) -> list[Path]:
 
 def states_nbytes(plan: Plan, tokens: int) -> int:
     """Bytes of the hidden states of some tokens at one place of the model, as config.json has them."""
-    hidden = plan.checkpoint.text_config.get("hidden_size")
-    width = hidden if isinstance(hidden, int) and hidden > 0 else 0
+    width = plan.checkpoint.text_config.size("hidden_size") or 0
     return tokens * width * torch_dtype(dtype_of(plan)).itemsize
 
 

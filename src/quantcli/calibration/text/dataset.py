@@ -7,10 +7,9 @@ import importlib.util
 import json
 import math
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from quantcli.calibration.text.documents import (
 )
 from quantcli.calibration.text.examples import NAME, Examples
 from quantcli.calibration.text.tokenizer import FETCH, Choice, Tokenizer, start_process
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.remote.mounts import complete
 from quantcli.core.errors import InputError, MachineError, QuantError
 from quantcli.core.untrusted.patterns import glob_matches
@@ -85,11 +85,9 @@ def check_source(source: TextSource, model: Path, fix: str = FETCH) -> None:
         raise MachineError(what, where=source.where, fix=fix)
 
 
-def model_limits(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+def model_limits(config: Settings) -> tuple[int | None, int | None]:
     """Positions and vocabulary that config.json gives the language model."""
-    values = (config.get(key) for key in ("max_position_embeddings", "vocab_size"))
-    positions, vocabulary = (v if isinstance(v, int) and v > 0 else None for v in values)
-    return positions, vocabulary
+    return config.size("max_position_embeddings") or None, config.size("vocab_size") or None
 
 
 def check_length(source: TextSource, positions: int | None) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from quantcli.calibration.text.documents import PIECE, Document, sentence
 from quantcli.core.errors import InputError, MachineError
-from quantcli.core.memory.shortage import is_out_of_memory, machine_fault, shortage
+from quantcli.core.memory.shortage import is_out_of_memory, machine_fault
 from quantcli.core.untrusted.bounded import Subject, run_bounded, start
 from quantcli.core.untrusted.names import utf8_fault
 from quantcli.core.untrusted.panics import is_panic
@@ -219,11 +219,11 @@ def _encode(tokenizer: Any, document: Document, enough: int | None = None) -> ar
             _check_growth("tokenizer", "tokens", len(ids), len(piece), tokenizer)
             tokens.extend(ids)
             begin, special = end, False
-    except (MemoryError, InputError):
+    except InputError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
-            raise shortage(error, "the model's tokenizer", document.where) from None
+        if is_out_of_memory(error):  # whether of the machine or by the limit is decided elsewhere
+            raise MemoryError from None
         what = f"the model's tokenizer refuses this text: {sentence(error)}"
         fix = "correct the text or take it out"
         if not isinstance(document.content, str) and not getattr(tokenizer, "chat_template", None):
@@ -276,9 +276,9 @@ def _load(model: Path, trust_remote_code: bool) -> Any:
             str(model), local_files_only=True, trust_remote_code=trust_remote_code
         )
         empty = len(tokenizer) <= len(tokenizer.all_special_ids)
-    except MemoryError:
-        raise
     except Exception as error:  # whatever its files make the library stumble over
+        if is_out_of_memory(error):
+            raise MemoryError from None
         if fault := machine_fault(error, "the model's tokenizer", model):
             raise fault from None
         if not trust_remote_code and "trust_remote_code" in str(error):

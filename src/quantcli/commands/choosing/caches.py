@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.roles import Role
 from quantcli.core.errors import InputError
 from quantcli.targets.kv_cache import AttentionLayer, attention_layers
@@ -97,7 +97,7 @@ def cache_sizes(checkpoint: Checkpoint, roles: Mapping[str, Role]) -> CacheSizes
     return CacheSizes(tuple(layers), state, tuple(notes))
 
 
-def _layer(layer: AttentionLayer, config: Mapping[str, Any], indexed: bool) -> _Layer:
+def _layer(layer: AttentionLayer, config: Settings, indexed: bool) -> _Layer:
     number = _LAYER.search(f"{layer.name}.")
     window = _window(config, int(number[1])) if number else None
     index = _whole(config, "index_head_dim")
@@ -107,17 +107,17 @@ def _layer(layer: AttentionLayer, config: Mapping[str, Any], indexed: bool) -> _
     return _Layer(sum(layer.widths), layer.heads, plain, window)
 
 
-def _window(config: Mapping[str, Any], layer: int) -> int | None:
+def _window(config: Settings, layer: int) -> int | None:
     """Tokens that a layer looks back at; None: all, also if config.json does not say which layers."""
-    kinds, pattern = config.get("layer_types"), _whole(config, "sliding_window_pattern")
-    if isinstance(kinds, list) and layer < len(kinds):
-        key = _WINDOWS.get(kinds[layer]) if isinstance(kinds[layer], str) else None
+    kinds, pattern = config.texts("layer_types"), _whole(config, "sliding_window_pattern")
+    if layer < len(kinds):
+        key = _WINDOWS.get(kinds[layer])
     else:
         key = "sliding_window" if pattern > 1 and (layer + 1) % pattern else None
     return (_whole(config, key) or None) if key else None
 
 
-def _state(config: Mapping[str, Any], roles: Mapping[str, Role]) -> tuple[int, list[str]]:
+def _state(config: Settings, roles: Mapping[str, Role]) -> tuple[int, list[str]]:
     """Bytes that recurrent layers keep of a sequence, and a note if they are not known."""
     names = (module for module, role in roles.items() if role == "ssm")
     layers = {match[1] for name in names if (match := _LAYER.search(f"{name}."))}
@@ -139,7 +139,7 @@ def _state(config: Mapping[str, Any], roles: Mapping[str, Role]) -> tuple[int, l
     return len(layers) * numbers * _STATE_BYTES, []
 
 
-def _whole(config: Mapping[str, Any], key: str) -> int:
-    """A number of things in config.json, which is not trusted; 0 if it is not one."""
-    value = config.get(key)
-    return value if type(value) is int and 0 < value < 2**31 else 0
+def _whole(config: Settings, key: str) -> int:
+    """A number of things in config.json; 0 if it does not say, or counts none."""
+    value = config.size(key)
+    return value if value and value < 2**31 else 0

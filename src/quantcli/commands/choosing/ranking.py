@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.commands.choosing.caches import CacheSizes
 from quantcli.commands.choosing.devices import NATIVE, Device
 from quantcli.commands.choosing.options import Serving
@@ -150,11 +151,9 @@ class Places:
         self.model, self.serving, self.context = model, serving, context
         self._sizes = sizes
         config = model.config
-        widths = (config.get(k) for k in ("intermediate_size", "moe_intermediate_size", "ffn_dim"))
-        whole = [width for width in widths if type(width) is int and 0 < width < 2**31]
-        hidden = config.get("hidden_size")
-        self._hidden = hidden if type(hidden) is int and 0 < hidden < 2**31 else 0
-        self._widest = max(whole, default=4 * self._hidden)
+        widths = ("intermediate_size", "moe_intermediate_size", "ffn_dim")
+        self._hidden = config.size("hidden_size") or 0
+        self._widest = max(filter(None, map(config.size, widths)), default=4 * self._hidden)
         self._most = max(context, positions(config) or 0)
 
     def room(self, devices: int, weights: int, element: int) -> Room:
@@ -297,10 +296,10 @@ def _bits(numerics: list[Numerics], kernels: str) -> tuple[int, int]:
 _INPUT_BITS = {"inputs stay float": 16, "inputs become mxfp4": 4, "inputs become int8": 8}
 
 
-def positions(config: dict[str, Any]) -> int | None:
+def positions(config: Settings) -> int | None:
     """Tokens that a model was made for; None if config.json does not say."""
-    value = config.get("max_position_embeddings")
-    return value if type(value) is int and 0 < value <= 2**30 else None
+    value = config.size("max_position_embeddings")
+    return value if value and value <= 2**30 else None
 
 
 def row(candidate: Candidate, model: str, place: int) -> dict[str, Any]:

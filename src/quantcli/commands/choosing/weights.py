@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.roles import LINEAR, Role, roles_of
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
@@ -76,7 +77,7 @@ class Model:
         return self.times.get(match["experts"], 1) if match else 1
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Settings:
         """The config of the language model."""
         return self.whole.text_config
 
@@ -143,8 +144,8 @@ def float_nbytes(model: Model, spec: TensorSpec, nbytes: int, devices: int) -> i
     module, _, suffix = spec.name.rpartition(".")
     role = model.roles.get(module) or model.roles.get(spec.name)
     if role in ("embedding", "head"):
-        vocabulary = model.config.get("vocab_size")
-        by_rows = isinstance(vocabulary, int) and spec.shape[0] >= vocabulary
+        vocabulary = model.config.size("vocab_size")
+        by_rows = vocabulary is not None and spec.shape[0] >= vocabulary
         return -(-nbytes // devices) if by_rows and suffix == "weight" else nbytes
     if role not in LINEAR or role == "tower":
         return nbytes

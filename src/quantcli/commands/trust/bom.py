@@ -254,11 +254,10 @@ def _tools(manifest: Table) -> Iterator[Component]:
 def _model_card(checkpoint: Checkpoint, card: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json and the card say of the model, and the text that it was calibrated on."""
     config = checkpoint.config
-    classes = config.get("architectures")
     facts = {
         "task": card.get("pipeline_tag"),
-        "architectureFamily": config.get("model_type"),
-        "modelArchitecture": classes[0] if isinstance(classes, list) and classes else None,
+        "architectureFamily": config.text("model_type"),
+        "modelArchitecture": next(iter(config.texts("architectures")), None),
     }
     texts = {key: printable(value) for key, value in facts.items() if isinstance(value, str)}
     return {"modelParameters": texts}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.hub import HUB_ID
 from quantcli.core.registry import discover
 from quantcli.core.untrusted.yaml_text import write_yaml
@@ -28,15 +28,13 @@ def base_of(named: str | None, source: SourceCard) -> str | None:
     return given["repository"] if quantized and given else None  # the Hub knows no revision here
 
 
-def front_matter(
-    base: str | None, source: SourceCard, target: Target, config: Mapping[str, Any]
-) -> str:
+def front_matter(base: str | None, source: SourceCard, target: Target, config: Settings) -> str:
     """The front matter between its edges, in YAML."""
     own = dict(kept(source.front))
     table: dict[str, Any] = {}
     if base is not None:
         table |= {"base_model": base, "base_model_relation": "quantized"}
-    if "library_name" in own or config.get("model_type"):
+    if "library_name" in own or config.text("model_type"):
         table["library_name"] = own.pop("library_name", _LIBRARY)
     tags = own.pop("tags", [])
     of_formats = {tag for cls in discover(Target).values() for tag in cls().tags}

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
-from quantcli.checkpoint.checkpoint import Checkpoint, read_json_file
+from quantcli.checkpoint.checkpoint import Checkpoint, read_table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.head import lm_head
 from quantcli.core.errors import InputError, closest
 from quantcli.core.findings import Finding, failed, noted, of_error
@@ -44,12 +45,12 @@ class Description:
         self.checkpoint = checkpoint
         self.findings: list[Finding] = []
         table = self._read()
-        self.cache = next((table[key] for key in _CACHES if table.get(key) == _CACHES[key]), None)
-        self.group_size, self.version = table.get("group_size"), table.get("version")
+        self.cache = next((_CACHES[key] for key in _CACHES if table.value(key) == _CACHES[key]), None)
+        self.group_size, self.version = table.value("group_size"), table.value("version")
         self.largest_tp = self._largest_tp(table)
         self.entries: dict[str, Any] = {
-            key: value
-            for key, value in table.items()
+            key: table.value(key)
+            for key in table
             if key in checkpoint.tensors or not _METADATA.fullmatch(key)
         }
         self.labels: dict[str, str] = {}
@@ -58,39 +59,39 @@ class Description:
             self.findings += self._group_size(table)
             self.findings += self._tensors()
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> Settings:
         path = self.checkpoint.path / DESCRIPTION
         if not path.is_file():
             fix = f"{AGAIN}: without it the engine takes all weights for float"
             self.findings.append(failed("description", f"there is no {DESCRIPTION}", fix=fix))
-            return {}
+            return Settings({})
         try:
-            table = read_json_file(path)
+            table = read_table(path)
         except InputError as error:
             self.findings.append(of_error("description", error))
-            return {}
-        if table.get(_INDEXER):
+            return Settings({})
+        if table.value(_INDEXER):
             what = f"has `{_INDEXER}`: what the engine rounds by it, next to weights, is not verified"
             self.findings.append(noted("description", what, DESCRIPTION))
         for key, value in _CACHES.items():
-            if table.get(key) not in (None, "", value):
-                what = f"`{key}` is {table[key]!r:.40}; the engine knows {value} alone"
+            if table.value(key) not in (None, "", value):
+                what = f"`{key}` is {table.value(key)!r:.40}; the engine knows {value} alone"
                 self.findings.append(failed("description", what, DESCRIPTION, AGAIN))
         if not any("." in key for key in table):
             self.findings.append(failed("description", "describes no tensor", DESCRIPTION, AGAIN))
         return table
 
-    def _largest_tp(self, table: dict[str, Any]) -> int:
-        size = table.get(LARGEST_TP, USUAL_TP)
+    def _largest_tp(self, table: Settings) -> int:
+        size = table.value(LARGEST_TP) if LARGEST_TP in table else USUAL_TP
         if isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= LARGEST_SIDE:
             return size
         what = f"has {size!r:.60} as `{LARGEST_TP}`, not a number from 1 to {LARGEST_SIDE}"
         self.findings.append(failed("description", what, DESCRIPTION, AGAIN))
         return USUAL_TP
 
-    def _group_size(self, table: dict[str, Any]) -> Iterator[Finding]:
+    def _group_size(self, table: Settings) -> Iterator[Finding]:
         """A finding for a `group_size` other than a type of the description needs."""
-        size = table.get("group_size")
+        size = table.value("group_size")
         for label in dict.fromkeys(self.labels.values()):
             needed = type_of(label, size).described_group if label in TYPES else None
             if needed is None or size is None or (size == needed and size is not True):
@@ -149,7 +150,7 @@ class Description:
     @cached_property
     def _also_asked(self) -> set[str]:
         """Entries for names that only the engine has."""
-        kind = str(self.checkpoint.config.get("model_type"))
+        kind = self.checkpoint.config.text("model_type") or ""
         names = [name[:-7] for name in self.checkpoint.tensors if name.endswith(".weight")]
         return {f"{other}.weight" for name in names for other in also_asked(name, kind)}
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.targets.base import Fault
 from quantcli.targets.kv_cache import AttentionLayer, CachePart, CacheTensor
 from quantcli.targets.layouts import Values
@@ -46,24 +46,22 @@ TENSORS = tuple(
 )
 
 
-def faults(
-    layer: AttentionLayer, int8: Mapping[str, bool], config: Mapping[str, Any]
-) -> Iterator[Fault]:
+def faults(layer: AttentionLayer, int8: Mapping[str, bool], config: Settings) -> Iterator[Fault]:
     """What the engine stops at, or misreads, if a layer's latents are int8.
 
     int8: whether modules have int8 codes and a weight_scale, by name; float ones may be missing.
     config: that of the language model.
     """
-    kind, leave = config.get("model_type"), "leave `kv_cache` out"
+    kind, leave = config.text("model_type"), "leave `kv_cache` out"
     if kind not in FAMILIES:
         what = (
             f"the engine has an int8 cache of latents for {', '.join(sorted(FAMILIES))}; this is {kind}"
         )
         yield Fault(what, leave)
-    elif config.get("index_topk"):
+    elif config.size("index_topk"):
         what = "the engine has no int8 cache of latents for attention that an indexer makes sparse"
         yield Fault(what, leave)
-    elif not config.get("q_lora_rank"):
+    elif not config.size("q_lora_rank"):
         what = (
             "the engine has an int8 cache of latents only if queries have a latent, too (q_lora_rank)"
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from quantcli.checkpoint.checkpoint import CONFIG, QUANTIZATION_KEYS
+from quantcli.checkpoint.checkpoint import CONFIG
+from quantcli.checkpoint.config.places import QUANTIZATION_KEYS
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS
 from quantcli.checkpoint.tensors import read_tensor
@@ -190,7 +191,7 @@ class AscendCheckpoint(StoredFormat):
         """The skip rule for beginnings of names, and look-ups of experts by the name of their set."""
         yield from self._old_versions()
         yield from as_findings("loader", skip_rule(self.labels))
-        if str(self.checkpoint.config.get("model_type")) in LISTED_EXPERTS:
+        if self.checkpoint.config.text("model_type") in LISTED_EXPERTS:
             for experts in sorted(stacked_sets(self.checkpoint.tensors)):
                 # Source: vllm-ascend 182b75ea84, quantization/modelslim_config.py:776-808
                 name = f"{experts}.0.gate_proj"
@@ -212,11 +213,10 @@ class AscendCheckpoint(StoredFormat):
     def check_config(self) -> Iterator[Finding]:
         """config.json has no block that keeps the engine from reading the description."""
         config = self.checkpoint.config
-        nested = [(f"{key}.", value) for key, value in config.items() if isinstance(value, dict)]
-        for place, level in [("", config), *nested]:
+        for level in [config, *(inner for _, inner in config.inner())]:
             for key in QUANTIZATION_KEYS:
                 if key in level:
-                    what = f"has `{place}{key}`: an engine that finds it reads no description"
+                    what = f"has `{level.key_path(key)}`: an engine that finds it reads no description"
                     yield failed("config", what, CONFIG, "remove it")
         yield from super().check_config()
 

@@ -6,13 +6,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from quantcli.checkpoint.checkpoint import Checkpoint
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import Draft
 from quantcli.core.codes import pack_signed, scale_values, scales_to_store, unpack_signed
 from quantcli.core.errors import InputError
@@ -323,7 +324,7 @@ class Ascend(VllmTarget):
         cache: Cache,
         layer: AttentionLayer,
         modules: Mapping[str, Module],
-        config: Mapping[str, Any],
+        config: Settings,
     ) -> Fault | None:
         """Heads of widths that the layout of an int8 cache does not take; the 310P, which has none;
         what the engine needs for latents.
@@ -468,7 +469,7 @@ class Ascend(VllmTarget):
             parent = module.name.rpartition(".")[0]
             for sibling in MERGED.get(last_part(module.name), ()):
                 table.setdefault(f"{parent}.{sibling}.weight", labels[module.name])
-        kind = str(output.config.get("model_type"))
+        kind = output.config.text("model_type") or ""
         for module in output.modules:
             for name in also_asked(module.name, kind):
                 table.setdefault(f"{name}.weight", labels[module.name])

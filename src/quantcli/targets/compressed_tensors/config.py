@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from quantcli.checkpoint.checkpoint import CONFIG
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import of_draft
 from quantcli.checkpoint.spec import DTYPES, FLOATS
 from quantcli.core.findings import Finding, failed, noted
@@ -45,37 +46,37 @@ class ConfigGroups:
         return {target: group.name for group in self.groups for target in group.targets}
 
 
-def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
+def read_groups(block: Settings) -> ConfigGroups:
     """The groups of an untrusted `quantization_config`. Never raises: faults are findings."""
     config = ConfigGroups()
-    top = block.get("format")
-    tables = block.get("config_groups")
-    if tables == {} and block.get("kv_cache_scheme"):
-        pass  # the cache alone is quantized
-    elif not isinstance(tables, dict) or not tables:
+    top = block.value("format")
+    tables = block.object_of("config_groups") or Settings({})
+    cache_alone = block.value("config_groups") == {} and block.value("kv_cache_scheme")
+    if not tables and not cache_alone:
         config.findings.append(_wrong("has no `config_groups`: the engine takes all weights for float"))
-        tables = {}
-    for name, table in tables.items():
+    for name in tables:
         place = f"config_groups.{name}"
-        if not isinstance(table, dict) or not _strings(table.get("targets")):
+        table = tables.object_of(name)
+        targets = table.value("targets") if table is not None else None
+        if table is None or not _strings(targets):
             config.findings.append(_wrong(f"`{place}` has no list of `targets`"))
             continue
-        if len(table["targets"]) == 1 and table["targets"][0].endswith("Attention"):
+        if len(targets) == 1 and targets[0].endswith("Attention"):
             config.findings.append(noted("config", f"the engine skips `{place}`, of attention", CONFIG))
             continue
         numerics = kind = None
         try:
             numerics, kind = _group(table, top)
-            if (other := table.get("format") or top) not in {kind.format, _ANY}:
+            if (other := table.value("format") or top) not in (kind.format, _ANY):
                 named = f"`{place}` has the format {other}; vLLM goes by its weights, of {kind.format}"
                 config.findings.append(noted("config", named, CONFIG))
         except _Unknown as reason:
             config.findings.append(_wrong(f"`{place}` {reason}"))
-        config.groups.append(ConfigGroup(name, tuple(table["targets"]), numerics, kind))
-    ignore = block.get("ignore")
-    if ignore is not None and not _strings(ignore) and ignore != []:
+        config.groups.append(ConfigGroup(name, tuple(targets), numerics, kind))
+    ignore = block.value("ignore")
+    if ignore not in (None, []) and not _strings(ignore):
         config.findings.append(_wrong("`ignore` is not a list of names"))
-    elif ignore:
+    elif _strings(ignore):
         config.ignore = list(ignore)
     config.findings += _other_keys(block)
     for entries in (config.patterns(), config.ignore):
@@ -84,12 +85,12 @@ def read_groups(block: Mapping[str, Any]) -> ConfigGroups:
     return config
 
 
-def _other_keys(block: Mapping[str, Any]) -> Iterator[Finding]:
+def _other_keys(block: Settings) -> Iterator[Finding]:
     """Findings of keys other than groups, `format` and `ignore`."""
-    sparse = block.get("sparsity_config")
-    if isinstance(sparse, dict) and sparse.get("targets"):
+    sparse = block.object_of("sparsity_config")
+    if sparse is not None and sparse.value("targets"):
         yield _wrong("has a `sparsity_config` with targets, which engines refuse")
-    if block.get("transform_config"):
+    if block.value("transform_config"):
         yield _wrong("has a `transform_config`, which this version cannot verify")
 
 
@@ -97,21 +98,24 @@ class _Unknown(Exception):
     """Raised for a group that this version cannot read; the text says why."""
 
 
-def _group(table: Mapping[str, Any], top: Any) -> tuple[Numerics, Kind]:
+def _group(table: Settings, top: object) -> tuple[Numerics, Kind]:
     """The numerics of a group and their kind; top: the `format` of all groups. Raises _Unknown."""
-    form = top if table.get("format") is None else table["format"]
-    if form not in (*FORMATS, _ANY):
+    form = top if table.value("format") is None else table.value("format")
+    if not isinstance(form, str) or form not in (*FORMATS, _ANY):
         raise _Unknown(f"has the format {form!r:.40}, which this version does not know")
-    weights, inputs = table.get("weights"), table.get("input_activations")
-    if not isinstance(weights, dict):
+    weights = table.object_of("weights")
+    if weights is None:
         raise _Unknown("says nothing of `weights`")
-    if table.get("output_activations"):
+    if table.value("output_activations"):
         raise _Unknown("quantizes outputs, which this version cannot verify")
-    actorder = weights.get("actorder")
+    actorder = weights.value("actorder")
     if actorder is True or str(actorder).lower() in {"group", "dynamic"}:
         raise _Unknown(
             f"orders columns by activations (actorder {actorder!r:.20}), which engines refuse"
         )
+    inputs = table.object_of("input_activations")
+    if inputs is None and (given := table.value("input_activations")) is not None:
+        raise _Unknown(f"describes numbers with {given!r:.40}")
     numerics = as_served(Numerics(_operand(weights), None if inputs is None else _operand(inputs)))
     kind = kind_of(numerics, form == "pack-quantized")
     if kind is None or not (kind.any_format or form in {kind.format, _ANY}):
@@ -139,27 +143,26 @@ _SCALES = {None: None} | {
 }
 
 
-def _operand(table: Any) -> Operand:
+def _operand(table: Settings) -> Operand:
     """QuantizationArgs as compressed-tensors reads them: keys left out follow from the others.
 
     Sources: compressed-tensors 0.17.0, quantization/quant_args.py:169-345; compressed-tensors 0.20.0,
     compressors/nvfp4/base.py:49-54 and compressors/mxfp4/base.py:45-50, for the scales of fp4.
     """
-    if not isinstance(table, dict):
-        raise _Unknown(f"describes numbers with {table!r:.40}")
-    bits, kind, group = table.get("num_bits", 8), table.get("type", "int"), table.get("group_size")
+    bits, kind = _given(table, "num_bits", 8), _given(table, "type", "int")
+    group = table.value("group_size")
     dtype = _NAMES.get((kind, bits) if isinstance(kind, str) and type(bits) is int else ("", 0))
     if dtype is None:
         raise _Unknown(
             f"has {kind!r:.20} numbers of {bits!r:.20} bits, which this version does not know"
         )
-    scales = table.get("scale_dtype")
+    scales = table.value("scale_dtype")
     if not isinstance(scales, str | None) or scales not in _SCALES:
         raise _Unknown(f"has scales of {scales!r:.40}, which this version does not know")
     scale: str | None = _SCALES[scales]
     if group is not None and (type(group) is not int or group < -1 or group == 0):
         raise _Unknown(f"has a group_size of {group!r:.20}")
-    per = table.get("strategy") or (
+    per = table.value("strategy") or (
         "tensor" if group is None else "channel" if group == -1 else "group"
     )
     block = None
@@ -173,7 +176,7 @@ def _operand(table: Any) -> Operand:
             raise _Unknown("has groups without a size")
         block = (1, group)
     elif per == "block":
-        sides = table.get("block_structure")
+        sides = table.value("block_structure")
         if not (
             isinstance(sides, list) and len(sides) == 2 and all(type(s) is int and s > 0 for s in sides)
         ):
@@ -181,15 +184,20 @@ def _operand(table: Any) -> Operand:
         block = (sides[0], sides[1])
     elif per not in ("tensor", "channel", "token"):
         raise _Unknown(f"has the strategy {per!r:.40}, which this version does not know")
-    symmetric, dynamic = table.get("symmetric", True), table.get("dynamic", False)
+    symmetric, dynamic = _given(table, "symmetric", True), _given(table, "dynamic", False)
     if dynamic == "local" and global_scale:
         dynamic = True  # the scales of groups; the global one is measured, as engines always take it
     if type(symmetric) is not bool or type(dynamic) is not bool:
         raise _Unknown(f"says symmetric {symmetric!r:.20}, dynamic {dynamic!r:.20}")
-    return Operand(dtype, per, symmetric, dynamic, block, scale, global_scale)  # type: ignore[arg-type]
+    return Operand(dtype, per, symmetric, dynamic, block, scale, global_scale)
 
 
-def _strings(value: Any) -> bool:
+def _given(table: Settings, key: str, default: object) -> object:
+    """A value as it is, or the default of an absent key; null is a value here, as for the engine."""
+    return table.value(key) if key in table else default
+
+
+def _strings(value: object) -> TypeGuard[list[str]]:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
@@ -243,13 +251,13 @@ def cache_scheme(cache: Cache) -> dict[str, Any]:
     }
 
 
-def declared_cache(block: Mapping[str, Any]) -> tuple[Cache | None, Iterator[Finding]]:
+def declared_cache(block: Settings) -> tuple[Cache | None, Iterator[Finding]]:
     """The cache of `kv_cache_scheme`, and the findings of its faults.
 
     Source: vllm 0.32.0, model_executor/layers/quantization/compressed_tensors/
     compressed_tensors.py:1103-1145.
     """
-    scheme = block.get("kv_cache_scheme")
+    scheme = block.value("kv_cache_scheme")
     if scheme is None:
         return None, iter(())
     if not isinstance(scheme, dict):

@@ -72,7 +72,7 @@ class CompressedTensorsCheckpoint(StoredFormat):
                 continue  # `read` reports the group
             elif not quantized and self.float_only(module):
                 self.labels[module] = self.float_label
-                if str(self.checkpoint.text_config.get("model_type")) in QUANTIZED_ROUTERS:
+                if self.checkpoint.text_config.text("model_type") in QUANTIZED_ROUTERS:
                     routers.append(module)
             elif not quantized and is_head(module) and self._matcher.alone(module) is None:
                 self.labels[module] = self.float_label

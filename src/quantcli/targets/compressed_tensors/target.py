@@ -195,7 +195,7 @@ class CompressedTensors(VllmTarget):
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         """By `quant_method` in config.json."""
-        return quantization_block(checkpoint.config).get("quant_method") == self.name
+        return quantization_block(checkpoint.config).text("quant_method") == self.name
 
     def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:
         """A checkpoint of any producer, as vLLM would load it."""

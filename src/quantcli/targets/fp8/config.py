@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from quantcli.checkpoint.checkpoint import CONFIG
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import Numerics
 from quantcli.targets.base import PlannedCheckpoint
@@ -55,26 +56,27 @@ class Fp8Config:
     findings: list[Finding] = field(default_factory=list)
 
 
-def read_config(block: Mapping[str, Any]) -> Fp8Config:
+def read_config(block: Settings) -> Fp8Config:
     """The object as the engine reads it, untrusted. Never raises: faults are findings."""
     config = Fp8Config(findings=list(_faults(block)))
     if any(finding.severity == "error" for finding in config.findings):
         return config
-    size = block.get("weight_block_size")
-    config.numerics = numerics_of(block["activation_scheme"], (size[0], size[1]) if size else None)
-    names: list[str] = next((block[key] for key in _KEYS if block.get(key)), [])
-    config.ignored = frozenset(names)
-    if (skipped := block.get(_KEYS[1])) is not None:
-        config.skipped = tuple(skipped)
+    size = block.value("weight_block_size")
+    tile = (size[0], size[1]) if isinstance(size, list) else None
+    static = block.text("activation_scheme") == "static"
+    config.numerics = numerics_of("static" if static else "dynamic", tile)
+    config.ignored = frozenset(block.texts(_KEYS[0]) or block.texts(_KEYS[1]))
+    if block.value(_KEYS[1]) is not None:
+        config.skipped = block.texts(_KEYS[1])
     return config
 
 
-def _faults(block: Mapping[str, Any]) -> Iterator[Finding]:
-    if block.get("quant_method") != METHOD:
+def _faults(block: Settings) -> Iterator[Finding]:
+    if block.value("quant_method") != METHOD:
         what = "has no quantization_config for its fp8 weights: the engine would take codes for weights"
         yield failed("config", what, CONFIG, f'add it, with "quant_method": "{METHOD}"')
         return
-    inputs, size = block.get("activation_scheme"), block.get("weight_block_size")
+    inputs, size = block.value("activation_scheme"), block.value("weight_block_size")
     if inputs not in ("static", "dynamic"):
         what = f"activation_scheme is {inputs!r:.60}; engines take static and dynamic"
         yield failed("config", what, CONFIG)
@@ -86,15 +88,15 @@ def _faults(block: Mapping[str, Any]) -> Iterator[Finding]:
         if inputs == "static":
             what = "activation_scheme is static, which engines do not have for blocks"
             yield failed("config", what, CONFIG)
-    fmt = block.get("fmt")
+    fmt = block.value("fmt")
     if fmt not in (None, *E4M3):
         what = f"fmt is {fmt!r:.60}; engines read every code as e4m3"
         yield failed("config", what, CONFIG, "convert the model again, to e4m3")
     for key in _KEYS:
-        names = block.get(key)
+        names = block.value(key)
         if names is not None and not (
             isinstance(names, list) and all(isinstance(name, str) for name in names)
         ):
             yield failed("config", f"{key} is {names!r:.60}, not a list of names", CONFIG)
-    if all(block.get(key) for key in _KEYS):
+    if all(block.value(key) for key in _KEYS):
         yield noted("config", f"has both {_KEYS[0]} and {_KEYS[1]}: engines read the first", CONFIG)

@@ -71,7 +71,9 @@ class Fp8Checkpoint(StoredFormat):
                 if scale and needed and name not in tensors and scale.spec.shape in {(), (1,)}:
                     tensors[name] = tensors.pop(other)
                     renamed.append(f"{module}.{other}")
-        if renamed and _KNOWN_TO_VLLM not in str(self.checkpoint.config.get("architectures")):
+        if renamed and not any(
+            _KNOWN_TO_VLLM in name for name in self.checkpoint.config.texts("architectures")
+        ):
             what = (
                 f"transformers reads {some(renamed)}; vLLM 0.32 knows these names for "
                 f"{_KNOWN_TO_VLLM} alone"

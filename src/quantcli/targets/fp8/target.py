@@ -131,9 +131,9 @@ class Fp8(VllmTarget):
 
     def recognises(self, checkpoint: Checkpoint) -> bool:
         """By `quant_method` in config.json, or, if it is lost, by scales that only this format has."""
-        method = quantization_block(checkpoint.config).get("quant_method")
+        method = quantization_block(checkpoint.config).text("quant_method")
         if method is not None:
-            return bool(method == METHOD)
+            return method == METHOD
         return any(name.endswith(".weight_scale_inv") for name in checkpoint.tensors)
 
     def open_stored(self, checkpoint: Checkpoint) -> StoredCheckpoint:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, read_json_file
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, read_table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import LAYER, Draft, of_draft
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
@@ -104,18 +105,19 @@ def _engine_name(module: str) -> str | None:
     return expert["experts"] if expert else looked_up_as(module)
 
 
-def settings_of(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+def settings_of(checkpoint: Checkpoint) -> Settings | None:
     """The config of a checkpoint that is, or means to be, of this format; None for any other."""
     block = quantization_block(checkpoint.config)
     if not block and (checkpoint.path / FILE).is_file():
         if not any(name.endswith(".qweight") for name in checkpoint.tensors):
             return None
         try:
-            block = {"quant_method": METHOD, **read_json_file(checkpoint.path / FILE)}
+            block = read_table(checkpoint.path / FILE)
         except InputError:
             return None
-    method = block.get("quant_method")
-    return block if isinstance(method, str) and method.lower() == METHOD else None
+        block = block if "quant_method" in block else block.with_values(quant_method=METHOD)
+    method = block.text("quant_method")
+    return block if method is not None and method.lower() == METHOD else None
 
 
 def differences(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -127,13 +129,14 @@ def differences(checkpoint: Checkpoint) -> Iterator[Finding]:
     if not block or not (checkpoint.path / FILE).is_file():
         return
     try:
-        own = read_json_file(checkpoint.path / FILE)
+        own = read_table(checkpoint.path / FILE)
     except InputError as error:
         yield noted("config", f"AutoGPTQ and gptqmodel cannot read it: {error.what}", FILE)
         return
     for key in ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "dynamic"):
-        if key in own and key in block and own[key] != block[key]:
-            what = f"`{key}` is {own[key]!r:.40}, and {block[key]!r:.40} in {CONFIG}: AutoGPTQ and "
+        value, other = own.value(key), block.value(key)
+        if key in own and key in block and value != other:
+            what = f"`{key}` is {value!r:.40}, and {other!r:.40} in {CONFIG}: AutoGPTQ and "
             yield noted(
                 "config", what + "gptqmodel read this one, vLLM and transformers the other", FILE
             )
@@ -178,28 +181,28 @@ class GptqConfig:
         return self.usual
 
 
-def read_config(block: Mapping[str, Any]) -> GptqConfig:
+def read_config(block: Settings) -> GptqConfig:
     """The object as vLLM reads it, untrusted. Never raises: faults are findings.
 
     Source: vllm 0.32.0, model_executor/layers/quantization/auto_gptq.py:104-216.
     """
     config = GptqConfig(findings=list(_faults(block)))
-    declared = block.get("checkpoint_format") or "gptq"
+    declared = block.value("checkpoint_format") or "gptq"
     version = declared.lower() if isinstance(declared, str) else repr(declared)
-    if version not in VERSIONS or block.get("is_marlin_format"):
+    if version not in VERSIONS or block.value("is_marlin_format"):
         config.unchecked = f"GPTQ in the layout `{'marlin' if version in VERSIONS else version:.20}`"
-    elif isinstance(bits := block.get("bits"), int) and bits not in (4, 8):
+    elif isinstance(bits := block.value("bits"), int) and bits not in (4, 8):
         config.unchecked = f"GPTQ of {bits} bits"
     if config.unchecked or any(finding.severity == "error" for finding in config.findings):
         return config
-    usual = Kind(block["bits"], block["group_size"], block["sym"], version)
-    config.usual, config.lm_head = usual, bool(block.get("lm_head"))
-    config.desc_act = block["desc_act"]
-    named = block.get("modules_in_block_to_quantize")
+    usual = _changed(Kind(0, 0, False, version), block)
+    config.usual, config.lm_head = usual, bool(block.value("lm_head"))
+    config.desc_act = bool(block.flag("desc_act"))
+    named = block.value("modules_in_block_to_quantize")
     if named:
         config.named = tuple(_flat(named))
     budget = Budget()
-    for pattern, changes in (block.get("dynamic") or {}).items():
+    for pattern, changes in block.tables("dynamic").items():
         where = f"{CONFIG}: quantization_config.dynamic"
         expression = Expression(_without_sign(pattern), where, pattern=pattern, budget=budget)
         kind = None if pattern.startswith("-:") else _changed(usual, changes)
@@ -211,12 +214,14 @@ def _without_sign(pattern: str) -> str:
     return pattern.removeprefix("-:").removeprefix("+:")
 
 
-def _changed(usual: Kind, changes: Mapping[str, Any]) -> Kind:
+def _changed(usual: Kind, changes: Settings) -> Kind:
+    bits, group = changes.integer("bits"), changes.integer("group_size")
+    symmetric = changes.flag("sym")
     return replace(
         usual,
-        bits=changes.get("bits", usual.bits),
-        group=changes.get("group_size", usual.group),
-        symmetric=changes.get("sym", usual.symmetric),
+        bits=usual.bits if bits is None else bits,
+        group=usual.group if group is None else group,
+        symmetric=usual.symmetric if symmetric is None else symmetric,
     )
 
 
@@ -229,45 +234,47 @@ def _flat(names: Any) -> Iterator[str]:
             yield name
 
 
-def _faults(block: Mapping[str, Any]) -> Iterator[Finding]:
+def _faults(block: Settings) -> Iterator[Finding]:
     missing = [key for key in ("bits", "group_size", "desc_act", "sym") if key not in block]
     if missing:
         yield _wrong(f"has no `{missing[0]}`, without which vLLM loads nothing")
     yield from _wrong_numbers("", block)
-    if block.get("sym") is False:
+    if block.value("sym") is False:
         what = "`sym` is false, which vLLM 0.32 refuses; gptqmodel and transformers load it"
         yield noted("config", what, CONFIG)
-    if block.get("desc_act") is True and block.get("group_size") != WHOLE_ROWS:
+    if block.value("desc_act") is True and block.value("group_size") != WHOLE_ROWS:
         what = "`desc_act` is true, which vLLM 0.32 refuses; gptqmodel and transformers load it"
         yield noted("config", what, CONFIG)
-    names = block.get("modules_in_block_to_quantize")
+    names = block.value("modules_in_block_to_quantize")
     if names is not None and not _only_names(names):
         yield _wrong(f"`modules_in_block_to_quantize` is {names!r:.60}, not a list of names")
-    rules = block.get("dynamic")
-    if rules is not None and not isinstance(rules, dict):
-        yield _wrong(f"`dynamic` is {rules!r:.60}, not an object")
-        return
-    for fault in expression_faults(map(_without_sign, rules or {})):
+    rules = block.object_of("dynamic") or Settings({})
+    if not isinstance(given := block.value("dynamic"), dict | None):
+        yield _wrong(f"`dynamic` is {given!r:.60}, not an object")
+    for fault in expression_faults(map(_without_sign, rules)):
         yield _wrong(f"`dynamic`: {fault}")
-    for pattern, changes in (rules or {}).items():
-        if not isinstance(changes, dict):
-            yield _wrong(f"`dynamic` has {changes!r:.40} for {pattern!r:.60}, not an object")
+    for pattern in rules:
+        changes = rules.object_of(pattern)
+        if changes is None:
+            value = f"{rules.value(pattern)!r:.40}"
+            yield _wrong(f"`dynamic` has {value} for {pattern!r:.60}, not an object")
         elif not pattern.startswith("-:"):
             yield from _wrong_numbers(f"`dynamic`, {pattern!r:.60}: ", changes)
-            if (bits := changes.get("bits", 4)) not in (4, 8):
+            if (bits := changes.value("bits")) not in (None, 4, 8):
                 yield _wrong(f"`dynamic`, {pattern!r:.60}: {bits!r:.20} bits, which vLLM does not have")
 
 
-def _wrong_numbers(place: str, table: Mapping[str, Any]) -> Iterator[Finding]:
+def _wrong_numbers(place: str, table: Settings) -> Iterator[Finding]:
     """Findings for bits, group_size, desc_act and sym of another type than engines take."""
-    bits, group = table.get("bits", 4), table.get("group_size", WHOLE_ROWS)
-    if type(bits) is not int or not 0 < bits < 32:
+    bits, group = table.value("bits"), table.value("group_size")
+    if "bits" in table and (type(bits) is not int or not 0 < bits < 32):
         yield _wrong(f"{place}`bits` is {bits!r:.40}")
-    if type(group) is not int or not (group == WHOLE_ROWS or 0 < group < _WHOLE):
+    whole = type(group) is int and (group == WHOLE_ROWS or 0 < group < _WHOLE)
+    if "group_size" in table and not whole:
         yield _wrong(f"{place}`group_size` is {group!r:.40}")
     for key in ("sym", "desc_act"):
-        if key in table and type(table[key]) is not bool:
-            yield _wrong(f"{place}`{key}` is {table[key]!r:.40}, not true or false")
+        if key in table and type(table.value(key)) is not bool:
+            yield _wrong(f"{place}`{key}` is {table.value(key)!r:.40}, not true or false")
 
 
 def _only_names(names: Any) -> bool:

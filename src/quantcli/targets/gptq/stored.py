@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import draft_of
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import FLOATS
@@ -32,7 +33,7 @@ class GptqCheckpoint(StoredFormat):
 
     def read(self) -> list[Finding]:
         """The usual kind, and the rules for other modules."""
-        self._config = read_config(settings_of(self.checkpoint) or {"quant_method": METHOD})
+        self._config = read_config(settings_of(self.checkpoint) or Settings({"quant_method": METHOD}))
         self._kinds: dict[str, Kind] = {}
         self._draft = draft_of(self.checkpoint)
         self.readable = self._config.usual is not None or self._config.unchecked is not None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
-from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, read_json_file
+from quantcli.checkpoint.checkpoint import CONFIG, Checkpoint, read_table
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import of_draft
 from quantcli.core.errors import InputError
 from quantcli.core.findings import Finding, failed, noted
@@ -142,10 +143,9 @@ _NAMELESS_HEADS = frozenset(
 )  # fmt: skip
 
 
-def nameless_head(config: Mapping[str, Any]) -> bool:
+def nameless_head(config: Settings) -> bool:
     """Whether vLLM's class for a model builds its head without a name."""
-    classes = config.get("architectures")
-    return isinstance(classes, list) and any(str(name) in _NAMELESS_HEADS for name in classes)
+    return any(name in _NAMELESS_HEADS for name in config.texts("architectures"))
 
 
 def exclude_list(floats: Sequence[str], quantized: Sequence[str], *, draft: bool = False) -> list[str]:
@@ -215,7 +215,7 @@ class ModelOptConfig:
     findings: list[Finding] = field(default_factory=list)
 
 
-def settings_of(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str] | None:
+def settings_of(checkpoint: Checkpoint) -> tuple[Settings, str] | None:
     """The object that vLLM reads of a checkpoint that means to be of this format, and its file.
 
     That of config.json; if there is none, the file of its own.
@@ -223,17 +223,16 @@ def settings_of(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str] | None:
     block = quantization_block(checkpoint.config)
     if not block:
         own = _own_file(checkpoint)
-        return None if own is None or not isinstance(own.get("quantization"), dict) else (own, FILE)
-    method = block.get("quant_method")
-    named = isinstance(method, str) and method.lower() in _METHODS
-    return (block, CONFIG) if named else None
+        return None if own is None or own.object_of("quantization") is None else (own, FILE)
+    method = block.text("quant_method")
+    return (block, CONFIG) if method is not None and method.lower() in _METHODS else None
 
 
-def _own_file(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+def _own_file(checkpoint: Checkpoint) -> Settings | None:
     if not (checkpoint.path / FILE).is_file():
         return None
     try:
-        return read_json_file(checkpoint.path / FILE)
+        return read_table(checkpoint.path / FILE)
     except InputError:
         return None
 
@@ -245,16 +244,16 @@ def read_settings(checkpoint: Checkpoint) -> ModelOptConfig:
         what = f"has no quantization_config, and there is no {FILE}: the engine takes codes for weights"
         return ModelOptConfig(findings=[failed("config", what, CONFIG, AGAIN)])
     block, where = found
-    if isinstance(block.get("quantization"), dict):
-        config = _read(block["quantization"], where, "exclude_modules", groups=None)
-        config.findings += _legacy(block, config.algorithm, where)
+    if (inner := block.object_of("quantization")) is not None:
+        config = _read(inner, where, "exclude_modules", groups=None)
+        config.findings += _legacy(block, inner, config.algorithm, where)
     else:
-        config = _read(block, where, "ignore", groups=block.get("config_groups"))
+        config = _read(block, where, "ignore", groups=block.value("config_groups"))
         if config.algorithm == MIXED and "quantized_layers" not in block:
             # vLLM takes the file: its model_executor/model_loader/weight_utils.py:264-272
             own = _own_file(checkpoint)
-            table = own.get("quantization") if own else None
-            if isinstance(table, dict):
+            table = own.object_of("quantization") if own is not None else None
+            if table is not None:
                 config = _read(table, FILE, "exclude_modules", groups=None)
     return config
 
@@ -263,24 +262,20 @@ def own_settings(checkpoint: Checkpoint) -> ModelOptConfig | None:
     """The file of its own, if config.json has a description, too; else None."""
     found = settings_of(checkpoint)
     own = _own_file(checkpoint)
-    if (
-        own is None
-        or found is None
-        or found[1] == FILE
-        or not isinstance(own.get("quantization"), dict)
-    ):
+    inner = None if own is None else own.object_of("quantization")
+    if inner is None or found is None or found[1] == FILE:
         return None
-    return _read(own["quantization"], FILE, "exclude_modules", groups=found[0].get("config_groups"))
+    return _read(inner, FILE, "exclude_modules", groups=found[0].value("config_groups"))
 
 
-def _read(table: Mapping[str, Any], where: str, key: str, *, groups: Any) -> ModelOptConfig:
+def _read(table: Settings, where: str, key: str, *, groups: object) -> ModelOptConfig:
     """One of both forms. key: of its list of float modules."""
     config = ModelOptConfig()
 
     def wrong(what: str) -> None:
         config.findings.append(failed("config", what, where, AGAIN))
 
-    name = table.get("quant_algo")
+    name = table.value("quant_algo")
     algorithm = name.upper() if isinstance(name, str) else ""
     if algorithm not in {*KINDS, MIXED}:
         names = ", ".join([*KINDS, MIXED])
@@ -288,18 +283,16 @@ def _read(table: Mapping[str, Any], where: str, key: str, *, groups: Any) -> Mod
         return config
     if algorithm == "NVFP4" and _weights_alone(groups):
         algorithm = "W4A16_NVFP4"
-    listed = table.get(key, [])
-    if listed is None:
-        listed = []
+    listed = [] if table.value(key) is None else table.value(key)
     if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
         wrong(f"`{key}` is {listed!r:.60}, not a list of names")
         return config
     config.excluded = tuple(listed)
-    size = table.get("group_size")
+    size = table.value("group_size")
     expected = KINDS[algorithm].group_size if algorithm in KINDS else None
     if expected and size is not None and size != expected:
         wrong(f"`group_size` is {size!r:.40}; {algorithm} has groups of {expected}")
-    declared = table.get("kv_cache_scheme") or table.get("kv_cache_quant_algo")
+    declared = table.value("kv_cache_scheme") or table.value("kv_cache_quant_algo")
     if _is_fp8(declared):
         config.cache = CACHES["fp8"]
     elif declared:
@@ -308,47 +301,52 @@ def _read(table: Mapping[str, Any], where: str, key: str, *, groups: Any) -> Mod
             "version"
         )
         config.findings.append(noted("config", what, where))
-    if algorithm == MIXED and not _read_layers(table.get("quantized_layers"), config, wrong):
+    if algorithm == MIXED and not _read_layers(table.object_of("quantized_layers"), config, wrong):
         return config
     config.algorithm = algorithm
     return config
 
 
-def _read_layers(layers: Any, config: ModelOptConfig, wrong: Any) -> bool:
+Wrong: TypeAlias = Callable[[str], None]  # takes in a finding
+
+
+def _read_layers(layers: Settings | None, config: ModelOptConfig, wrong: Wrong) -> bool:
     """Take in `quantized_layers`; whether they can be read."""
-    if not isinstance(layers, dict) or not layers:
+    if not layers:
         wrong("has no `quantized_layers`, which MIXED_PRECISION needs")
         return False
-    for name, entry in layers.items():
-        algorithm = entry.get("quant_algo") if isinstance(entry, dict) else None
-        if not isinstance(algorithm, str):
-            wrong(f"`quantized_layers` has {entry!r:.40} for {name!r:.60}, without a quant_algo")
+    for name in layers:
+        entry = layers.object_of(name)
+        algorithm = entry.value("quant_algo") if entry is not None else None
+        if entry is None or not isinstance(algorithm, str):
+            value = f"{layers.value(name)!r:.40}"
+            wrong(f"`quantized_layers` has {value} for {name!r:.60}, without a quant_algo")
             return False
         config.layers[name] = algorithm.upper()
-        kind, size = KINDS.get(algorithm.upper()), entry.get("group_size")
+        kind, size = KINDS.get(algorithm.upper()), entry.value("group_size")
         if kind and kind.group_size and size not in (None, kind.group_size):
             wrong(f"`quantized_layers`: `{name:.80}` has groups of {size!r:.20}, not {kind.group_size}")
             return False
     return True
 
 
-def _weights_alone(groups: Any) -> bool:
+def _weights_alone(groups: object) -> bool:
     """Whether all groups have float inputs. Source: vllm 0.32.0, modelopt.py:794-807."""
     if not isinstance(groups, dict) or not groups:
         return False
     return all(isinstance(g, dict) and g.get("input_activations") is None for g in groups.values())
 
 
-def _legacy(block: Mapping[str, Any], algorithm: str | None, where: str) -> Iterator[Finding]:
+def _legacy(block: Settings, inner: Settings, algorithm: str | None, where: str) -> Iterator[Finding]:
     """Findings of a description in the form of the file of its own, which vLLM reads alone."""
-    producer = block.get("producer")
-    name = producer.get("name") if isinstance(producer, dict) else None
+    producer = block.object_of("producer")
+    name = producer.value("name") if producer is not None else None
     if where == FILE and name != METHOD:
         what = f"`producer` is {name!r:.40}: vLLM knows the format of this file by the name {METHOD}"
         yield failed("config", what, where, "add the quantization_config to config.json")
     if where == FILE and algorithm and algorithm not in _BY_FILE:
         what = f"vLLM does not take {algorithm} from this file alone"
         yield failed("config", what, where, "add the quantization_config to config.json")
-    missing = [key for key in _NEEDED.get(algorithm or "", ()) if key not in block["quantization"]]
+    missing = [key for key in _NEEDED.get(algorithm or "", ()) if key not in inner]
     if missing:
         yield failed("config", f"has no `{missing[0]}`, which vLLM needs for {algorithm}", where, AGAIN)

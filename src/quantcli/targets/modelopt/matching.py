@@ -11,8 +11,8 @@ import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any
 
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.checkpoint.detect import Draft
 from quantcli.core.untrusted.patterns import globs
 from quantcli.targets.spellings import built_as, draft_name, spellings
@@ -48,12 +48,12 @@ def also_built_as(module: str) -> list[str]:
     return names
 
 
-def falcon_names(module: str, config: Mapping[str, Any]) -> list[str]:
+def falcon_names(module: str, config: Settings) -> list[str]:
     """Names that the engine gives to modules of Falcon-H1: `model.12.mixer.in_proj` for the mixer of
     layer 2 of ten, and `model.layers.2.o_proj` for its attention. Source: vllm 0.32.0,
     model_executor/models/falcon_h1.py:135,264-271,340-354."""
-    match, count = _OF_FALCON.fullmatch(module), config.get("num_hidden_layers")
-    if match is None or config.get("model_type") != "falcon_h1" or type(count) is not int:
+    match, count = _OF_FALCON.fullmatch(module), config.size("num_hidden_layers")
+    if match is None or config.text("model_type") != "falcon_h1" or count is None:
         return []
     layer, rest = int(match["layer"]), match["rest"]
     mixer = match["part"] == "mamba"

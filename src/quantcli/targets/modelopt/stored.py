@@ -130,7 +130,7 @@ class ModelOptCheckpoint(StoredFormat):
             yield failed("loader", what, f"`{head}`", "add `lm_head` to the list of float modules")
 
     def _routers_are_quantized(self) -> bool:
-        return str(self.checkpoint.text_config.get("model_type")) in QUANTIZED_ROUTERS
+        return self.checkpoint.text_config.text("model_type") in QUANTIZED_ROUTERS
 
     def builds_quantized(self, module: str) -> bool | None:
         """Unless it is excluded, or in no entry of MIXED_PRECISION."""

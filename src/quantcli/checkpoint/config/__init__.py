@@ -1,0 +1,1 @@
+"""config.json and quantization configs, untrusted, read by type. Imports no torch."""
