@@ -26,7 +26,10 @@ UNIT = "tests/unit"
 # module -> the tests that it must fail
 MODULES = {
     "checkpoint/header.py": (f"{UNIT}/checkpoint/test_header.py", f"{UNIT}/checkpoint/test_folder.py"),
-    "checkpoint/files.py": (f"{UNIT}/checkpoint/test_checkpoint.py",),
+    "checkpoint/files.py": (
+        f"{UNIT}/checkpoint/test_folder.py",
+        f"{UNIT}/checkpoint/test_checkpoint.py",
+    ),
     "checkpoint/manifest.py": (f"{UNIT}/checkpoint/test_manifest.py",),
     "core/place.py": (f"{UNIT}/core/test_place.py",),
     "core/untrusted/names.py": (f"{UNIT}/core/test_names.py", f"{UNIT}/core/test_untrusted.py"),

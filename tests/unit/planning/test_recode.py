@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,8 @@ from quantcli.planning.recode import (
     _around,
     _bias_is_there,
     _cast,
+    _divisor,
+    _multiplied,
     _neighbours,
     _quotient,
     moved_scales,
@@ -355,11 +358,12 @@ def test_a_format_without_quant_bias(static: Repack) -> None:
     assert int(packed["input_zero_point"]) == -7
 
 
-def test_a_quotient_next_to_one_that_the_engine_holds(static: Repack) -> None:
+@pytest.mark.parametrize("beyond", [0.0, 1.0])
+def test_a_quotient_next_to_one_that_the_engine_holds(static: Repack, beyond: float) -> None:
     """float16 engines hold deq_scale in few bits, so that the float32 next to such a number is none."""
     stored = stored_static(static, 0.5)
     stored["weight_scale"][:] = 0.5
-    stored["weight_scale"][3] = 2 * torch.nextafter(torch.tensor(0.25), torch.tensor(1.0))
+    stored["weight_scale"][3] = 2 * torch.nextafter(torch.tensor(0.25), torch.tensor(beyond))
     if serving(static) == torch.bfloat16:
         assert recode(static, ascend(), stored, 0, None)
         return
@@ -425,3 +429,35 @@ def test_a_quotient_has_as_many_zeros_as_can_be() -> None:
     for number, product in list(zip(found.tolist(), products.tolist(), strict=True))[4:-4]:
         same = numbers[products == product].tolist()
         assert number == max(same, key=lambda x: round(x / step) & -round(x / step))
+
+
+def test_an_offset_is_found_again_from_the_ends_of_the_range(static: Repack) -> None:
+    """By an engine that computes in float32 and cuts the fraction off, or it is refused."""
+    r, lost, one = torch.tensor([7.3125]), [], np.float32(1)
+    for offset in range(-128, 128):
+        try:
+            step = one * _divisor(r, torch.tensor([float(offset)]), static).numpy()[0]
+        except InputError:
+            lost.append(offset)
+            continue
+        high, low = step * (127 - offset), step * (-128 - offset)
+        assert int(np.trunc(-128 - low / ((high - low) / np.float32(255)))) == offset
+    assert lost == [122, 126]
+
+
+def test_of_two_numbers_with_one_multiplier_the_nearest_is_taken(static: Repack) -> None:
+    dtype = serving(static)
+    start = int(torch.tensor(1.75, dtype=dtype).view(torch.int16))
+    numbers = torch.arange(start, start + 256, dtype=torch.int16).view(dtype)
+    multipliers = multiplier(numbers)
+    nearest = smallest = 0
+    for r in set(multipliers.tolist()):
+        same = numbers[multipliers == r].tolist()
+        wanted = min(same, key=lambda x: abs(x - 1 / r))
+        if float((1 / torch.tensor([1 / r]).double()).to(dtype)) != r:
+            continue
+        assert float(_multiplied(torch.tensor([1 / r]), dtype, static, ascend())) == wanted
+        nearest += wanted != min(same)
+        smallest += wanted == min(same) != max(same)
+    assert nearest > 3
+    assert smallest > 3
