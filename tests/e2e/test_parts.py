@@ -23,6 +23,7 @@ from quantcli.core.disk import file_entry, sha256_of
 from quantcli.planning.parts import split
 from tests.e2e.calibrating import RECIPE, Models, make_bench
 from tests.e2e.conftest import Box, Faults, Killed, Result, run_cli, snapshot
+from tests.signing import write_key
 
 SHARDED = ("--workers", 1, "--set", "max_shard=1200")
 SHARDS = 5
@@ -91,6 +92,8 @@ def test_parts_make_what_one_run_writes(box: Box, of: int) -> None:
 def test_no_checksum_is_the_same_too(box: Box) -> None:
     wanted = whole(box, "--no-checksum")
     folders = parts(box, 2, "--no-checksum")
+    write_key(key := box.root / "key.pem")
+    refused(merge(box, folders, "--sign", key), "there are no hashes to sign", str(folders[0]))
     assert merge(box, folders).code == 0
     assert snapshot(box.out) == wanted
     assert b"blake3" not in (box.out / "quantcli_manifest.json").read_bytes()

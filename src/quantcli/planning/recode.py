@@ -196,7 +196,7 @@ def _quotient(weight_scale: Tensor, r: Tensor, serving: torch.dtype) -> Tensor:
     Of several numbers the one with most zeros at its end.
     """
     nearest = deq_grid((weight_scale.double() / r.double()).float(), serving, up=False)
-    best, zeros = nearest, torch.full_like(nearest, -1.0)
+    best, zeros = nearest, torch.zeros_like(nearest)
     for candidate in _around(nearest, 2):
         bits = candidate.view(torch.int32)
         ends = (bits & -bits).float()  # the lowest one that is set
@@ -245,7 +245,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     """By value, whatever the dtypes; codes of fp8 by their bits."""
     if a.dtype == b.dtype == torch.float8_e4m3fn:
         return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-    return a.shape == b.shape and torch.equal(a.double(), b.double())
+    return torch.equal(a.double(), b.double())
 
 
 def _neighbours(name: str, a: Tensor, b: Tensor) -> bool:

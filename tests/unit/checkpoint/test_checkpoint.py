@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -332,6 +333,12 @@ REFUSED = [
         id="config-list",
     ),
     pytest.param(configured(b""), NOT_JSON, "{}/config.json", id="config-empty"),
+    pytest.param(
+        configured(b'{"hidden_size":"wide"}'),
+        "config.json: `hidden_size` should be a whole number of 0 or more, not text: it is 'wide'",
+        "{}/config.json",
+        id="config-size-text",
+    ),
     pytest.param(
         configured(b'{"hidden_size":}'),
         "not valid JSON: Expecting value: line 1 column 16 (char 15)",
@@ -752,6 +759,23 @@ def test_a_change_after_opening_is_found(model: Path, name: str, how: str) -> No
         os.utime(model / name, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     with pytest.raises(InputError, match="the model changed while it was read") as caught:
         must_be_unchanged(checkpoint)
+    assert caught.value.where == str(model / name)
+
+
+def test_a_disk_that_fails_after_opening(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_model(model)
+    checkpoint = open_checkpoint(model)
+    usual, name = Path.stat, "config.json"
+
+    def fail(path: Path, **more: Any) -> os.stat_result:
+        if path.name == name:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return usual(path, **more)
+
+    monkeypatch.setattr(Path, "stat", fail)
+    with pytest.raises(MachineError) as caught:
+        must_be_unchanged(checkpoint)
+    assert caught.value.what == "cannot read: Input/output error"
     assert caught.value.where == str(model / name)
 
 

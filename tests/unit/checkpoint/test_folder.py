@@ -16,6 +16,7 @@ from quantcli.checkpoint.checkpoint import (
     restamped,
     scan_checkpoint,
 )
+from quantcli.checkpoint.files import has_byte_order_mark, hub_blob
 from quantcli.checkpoint.header import read_header
 from quantcli.core.errors import InputError, MachineError
 from tests.builders import make_model, tensor
@@ -52,13 +53,15 @@ def test_a_part_is_not_a_model(tmp_path: Path, entry: str, words: str) -> None:
     )
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, name: str, method: str = "open") -> None:
+def failing(
+    monkeypatch: pytest.MonkeyPatch, name: str, method: str = "open", code: int = errno.EIO
+) -> None:
     """Have a method of the path of one file fail."""
     usual = getattr(Path, method)
 
     def fail(self: Path, *arguments: Any, **more: Any) -> Any:
         if self.name == name:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(code, os.strerror(code))
         return usual(self, *arguments, **more)
 
     monkeypatch.setattr(Path, method, fail)
@@ -113,6 +116,46 @@ def test_config_json_without_its_mark(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert open_checkpoint(tmp_path).plain_config() == {"config.json": b'{"a": 1}'}
+
+
+@pytest.mark.parametrize(
+    ("content", "marked"),
+    [
+        (b"\xef\xbb\xbf", True),
+        (b"\xef\xbb\xbf{}", True),
+        (b"\xef\xbb", False),
+        (b"\xee\xbb\xbf{}", False),
+        (b"\xf0\xbb\xbf{}", False),
+        (b"", False),
+    ],
+)
+def test_the_mark_at_the_beginning_of_a_file(tmp_path: Path, content: bytes, marked: bool) -> None:
+    (tmp_path / "a").write_bytes(content)
+    assert has_byte_order_mark(tmp_path / "a") is marked
+
+
+def test_a_file_that_cannot_be_read_has_no_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a"
+    assert not has_byte_order_mark(file)
+    assert not has_byte_order_mark(tmp_path)
+    file.touch()
+    failing(monkeypatch, "a", code=errno.EACCES)
+    assert not has_byte_order_mark(file)
+    failing(monkeypatch, "a")
+    with pytest.raises(MachineError) as caught:
+        has_byte_order_mark(file)
+    assert caught.value.what == "cannot read: Input/output error"
+    assert caught.value.where == str(file)
+
+
+def test_blobs_are_those_of_a_snapshot(tmp_path: Path) -> None:
+    """A folder next to `blobs` is not a snapshot by that alone."""
+    blob = tmp_path / "blobs" / "x"
+    for name in ("snapshots", "snapshot", "snapshots2", "zoo"):
+        assert hub_blob(blob, tmp_path / name / "main") == (name == "snapshots"), name
+    assert not hub_blob(tmp_path / "x", tmp_path / "snapshots" / "main")
 
 
 @pytest.mark.parametrize(

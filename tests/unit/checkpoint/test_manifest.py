@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import quantcli
 from quantcli.checkpoint.files import MANIFEST
 from quantcli.checkpoint.manifest import (
+    Recorded,
     encode_manifest,
     has_recipe,
     read_manifest,
@@ -151,3 +153,32 @@ def test_the_recipe_of_a_manifest_is_a_file(tmp_path: Path) -> None:
 def test_what_makes_a_checkpoint() -> None:
     assert tool_of({}) == {"name": "quantcli", "version": quantcli.__version__}
     assert tool_of({"plugin": "2"}) == {**tool_of({}), "packages": {"plugin": "2"}}
+
+
+CALIBRATION = {"text": {"name": "x.txt", "sha256": "12"}, "tokenizer": {"tokenizer.json": "34"},
+               "statistics": "56", "tool": "quantcli 1"}  # fmt: skip
+RECORDED = Recorded("x.txt", "12", {"tokenizer.json": "34"}, "56", "quantcli 1")
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        ({}, {}),
+        ({"text": "x.txt"}, {"name": None, "text": None}),
+        ({"text": {"name": 3, "sha256": "12"}}, {"name": None}),
+        ({"text": {"name": "x.txt"}}, {"text": None}),
+        ({"statistics": []}, {"statistics": None}),
+        ({"tool": 3}, {"tool": None}),
+        ({"tokenizer": ["34"]}, {"tokenizer": None}),
+        ({"tokenizer": {"a": "b", "c": 3}}, {"tokenizer": None}),
+        ({"tokenizer": {}}, {"tokenizer": {}}),
+    ],
+)
+def test_what_a_manifest_says_of_a_calibration(change: Any, lost: dict[str, Any]) -> None:
+    """It came with a checkpoint: a value of another type says nothing, and takes nothing else along."""
+    recorded = Recorded.of({"calibration": {**CALIBRATION, **change}})
+    assert recorded == replace(RECORDED, **lost)
+
+
+def test_a_manifest_that_says_nothing_of_a_calibration() -> None:
+    assert Recorded.of({}) == Recorded.of({"calibration": "x"}) == Recorded()

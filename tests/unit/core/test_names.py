@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from quantcli.core.untrusted.names import file_name_fault, printable, tensor_name_fault
+from quantcli.core.untrusted.names import (
+    file_name_fault,
+    printable,
+    tensor_name_fault,
+    utf8_fault,
+    visible_json,
+)
 
 
 @pytest.mark.parametrize("name", ["a", "a" * 512, "é" * 256])
@@ -49,3 +57,24 @@ def test_names_of_files_outside_of_a_folder(name: str) -> None:
 )  # fmt: skip
 def test_what_a_screen_shows(text: str, shown: str) -> None:
     assert printable(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x7f", "\\u007f"), ("\x9b", "\\u009b"), ("\u202e", "\\u202e"), ("\uffff", "\\uffff"),
+        ("\U00010000", "\U00010000"), ("\U000e0001", "\\udb40\\udc01"), ("é", "é"),
+        ("\U000107ff", "\\ud801\\udfff"), ("\U000e0fff", "\\udb43\\udfff"),
+        ("\U0010ffff", "\\udbff\\udfff"), ("\udc80", "\\udc80"),
+    ],
+)  # fmt: skip
+def test_json_of_what_no_screen_shows(text: str, shown: str) -> None:
+    table = f'{{\n  "a": "{text}"\n}}'
+    assert visible_json(table) == f'{{\n  "a": "{shown}"\n}}'
+    assert json.loads(visible_json(table)) == {"a": text}
+
+
+def test_a_text_that_no_file_of_utf8_holds() -> None:
+    assert utf8_fault("é\x9b") is None
+    assert utf8_fault("a\udc80") == "`a\\x80` is not UTF-8"
+    assert utf8_fault("b" * 300 + "\udc80") == f"`{'b' * 196}\\x80` is not UTF-8"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,17 @@ from quantcli.core.errors import InputError
 from quantcli.core.numerics import multiplier
 from quantcli.core.registry import discover
 from quantcli.planning.plan import Repack
-from quantcli.planning.recode import moved_scales, recode
+from quantcli.planning.recode import (
+    _around,
+    _bias_is_there,
+    _cast,
+    _divisor,
+    _multiplied,
+    _neighbours,
+    _quotient,
+    moved_scales,
+    recode,
+)
 from quantcli.planning.repack import plan_repacking
 from quantcli.schemes.base import Scheme
 from quantcli.targets.base import Target
@@ -220,6 +231,7 @@ def test_an_offset_beyond_eight_bits(static: Repack) -> None:
         ("weight_scale", torch.inf, "holds a weight_scale that is NaN or Inf"),
         ("weight_scale", -0.25, "weight_scale is -0.25: a scale is a positive number"),
         ("weight_scale", 0.0, "weight_scale is 0: a scale is a positive number"),
+        ("input_scale", -0.25, "input_scale is -0.25: a scale is a positive number"),
         ("input_scale", 0.0, "input_scale is 0: a scale is a positive number"),
     ],
 )
@@ -272,7 +284,7 @@ def test_a_scale_that_the_engine_would_round(grouped: Repack) -> None:
     stored = stored_int4()
     stored["weight_scale"] = stored["weight_scale"].float()
     assert recode(grouped, discover(Target)["gptq"](), stored, 0, None)
-    stored["weight_scale"][9] += 1e-6
+    stored["weight_scale"][[9, 11]] += 1e-6
     value = float(stored["weight_scale"][9])
     with pytest.raises(InputError) as caught:
         recode(grouped, discover(Target)["gptq"](), stored, 16, None)
@@ -346,14 +358,106 @@ def test_a_format_without_quant_bias(static: Repack) -> None:
     assert int(packed["input_zero_point"]) == -7
 
 
-def test_a_quotient_next_to_one_that_the_engine_holds(static: Repack) -> None:
+@pytest.mark.parametrize("beyond", [0.0, 1.0])
+def test_a_quotient_next_to_one_that_the_engine_holds(static: Repack, beyond: float) -> None:
     """float16 engines hold deq_scale in few bits, so that the float32 next to such a number is none."""
     stored = stored_static(static, 0.5)
     stored["weight_scale"][:] = 0.5
-    stored["weight_scale"][3] = 2 * torch.nextafter(torch.tensor(0.25), torch.tensor(1.0))
+    stored["weight_scale"][3] = 2 * torch.nextafter(torch.tensor(0.25), torch.tensor(beyond))
     if serving(static) == torch.bfloat16:
         assert recode(static, ascend(), stored, 0, None)
         return
     with pytest.raises(InputError, match="would be rounded: ascend holds deq_scale") as caught:
         recode(static, ascend(), stored, 0, None)
     assert caught.value.where == f"`{NAME}.weight_scale`[3] in model.safetensors"
+
+
+def test_the_first_scale_of_a_row_that_the_engine_would_round(grouped: Repack) -> None:
+    scale = torch.ones(4, 3)
+    scale[1] = torch.tensor([1.0, 1.001, 1.002])
+    with pytest.raises(InputError, match=rf"weight_scale {float(scale[1, 1])!r} would be rounded"):
+        _cast({"weight_scale": scale}, "weight_scale", grouped, discover(Target)["gptq"](), 0)
+
+
+@pytest.mark.parametrize(("dtype", "up"), [(torch.float32, 2.0**-23), (torch.bfloat16, 2.0**-7)])
+def test_numbers_around_one(dtype: torch.dtype, up: float) -> None:
+    """Below a power of two they are half as far apart."""
+    wanted = [1.0]
+    for step in range(1, 9):
+        wanted += [1 - step * up / 2, 1 + step * up]
+    assert [float(number) for number in _around(torch.ones((), dtype=dtype))] == wanted
+
+
+def test_global_scales_next_to_each_other() -> None:
+    one, name = torch.ones(1), "weight_global_scale"
+    assert _neighbours(name, one + 2.0**-23, one)
+    assert _neighbours(name, one - 2.0**-23, one)
+    assert not _neighbours(name, one + 2.0**-22, one)
+    assert not _neighbours("weight_scale", one, one)
+
+
+@pytest.mark.parametrize(("deq", "slack"), [(1.0, 1025), (2.0, 513)])
+def test_quant_bias_is_that_of_the_stored_one_but_for_rounding(
+    static: Repack, deq: float, slack: int
+) -> None:
+    """One step, and a millionth of the sum."""
+    total = round(2**30 / deq)
+    weight, offset = torch.tensor([[1, -1], [2, 3], [0, 0]], dtype=torch.int8), torch.tensor([0.0])
+    parts = {"weight": weight, "input_offset": offset, "deq_scale": torch.full((3,), deq)}
+    parts["quant_bias"] = torch.tensor([total + slack, total - slack, total], dtype=torch.int32)
+    bias = torch.full((3,), 2.0**30)
+    _bias_is_there(parts, static, 0, bias)
+    parts["quant_bias"][1:] = total + slack + 1
+    with pytest.raises(InputError, match=f"the stored bias gives {total}") as caught:
+        _bias_is_there(parts, replace(static, origin=ascend()), 0, bias)
+    assert caught.value.what.startswith(f"quant_bias is {total + slack + 1},")
+    parts["input_offset"] += 1  # the sums of the rows are 0, 5 and 0
+    parts["quant_bias"] = torch.tensor([total, total - slack - 4, total], dtype=torch.int32)
+    _bias_is_there(parts, static, 0, bias)
+    parts["quant_bias"][1] -= 1
+    with pytest.raises(InputError, match=f"gives {total - 5}"):
+        _bias_is_there(parts, static, 0, bias)
+
+
+def test_a_quotient_has_as_many_zeros_as_can_be() -> None:
+    """Several numbers have the same product in float32 if it is in the next power of two."""
+    r, step = torch.tensor([1.0078125]), 2.0**-23
+    numbers = 1.99 + torch.arange(64) * step
+    products = numbers * r
+    assert len(set(products.tolist())) < 60
+    found = _quotient(products[:, None], r, torch.bfloat16)[:, 0]
+    for number, product in list(zip(found.tolist(), products.tolist(), strict=True))[4:-4]:
+        same = numbers[products == product].tolist()
+        assert number == max(same, key=lambda x: round(x / step) & -round(x / step))
+
+
+def test_an_offset_is_found_again_from_the_ends_of_the_range(static: Repack) -> None:
+    """By an engine that computes in float32 and cuts the fraction off, or it is refused."""
+    r, lost, one = torch.tensor([7.3125]), [], np.float32(1)
+    for offset in range(-128, 128):
+        try:
+            step = one * _divisor(r, torch.tensor([float(offset)]), static).numpy()[0]
+        except InputError:
+            lost.append(offset)
+            continue
+        high, low = step * (127 - offset), step * (-128 - offset)
+        assert int(np.trunc(-128 - low / ((high - low) / np.float32(255)))) == offset
+    assert lost == [122, 126]
+
+
+def test_of_two_numbers_with_one_multiplier_the_nearest_is_taken(static: Repack) -> None:
+    dtype = serving(static)
+    start = int(torch.tensor(1.75, dtype=dtype).view(torch.int16))
+    numbers = torch.arange(start, start + 256, dtype=torch.int16).view(dtype)
+    multipliers = multiplier(numbers)
+    nearest = smallest = 0
+    for r in set(multipliers.tolist()):
+        same = numbers[multipliers == r].tolist()
+        wanted = min(same, key=lambda x: abs(x - 1 / r))
+        if float((1 / torch.tensor([1 / r]).double()).to(dtype)) != r:
+            continue
+        assert float(_multiplied(torch.tensor([1 / r]), dtype, static, ascend())) == wanted
+        nearest += wanted != min(same)
+        smallest += wanted == min(same) != max(same)
+    assert nearest > 3
+    assert smallest > 3

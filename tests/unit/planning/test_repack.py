@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from quantcli.checkpoint.files import MANIFEST
 from quantcli.checkpoint.manifest import encode_manifest
 from quantcli.core.errors import InputError
 from quantcli.core.registry import discover
-from quantcli.planning.plan import CacheScale, Copy, Repack
-from quantcli.planning.repack import Repacking, plan_repacking
-from quantcli.targets.base import Target
+from quantcli.planning.plan import CacheScale, Copy, PlannedCache, Repack
+from quantcli.planning.recode import recode
+from quantcli.planning.repack import Repacking, _cache_of, _modules, plan_repacking
+from quantcli.targets.base import Target, target_of
 from tests.builders import Tensor, make_model, tensor
 from tests.quantized import awq, flatquant, int8_rows, np, packed_int4
 from tests.quantized import f32 as f32_of
@@ -150,7 +152,7 @@ def test_a_label_that_the_target_has_not(tmp_path: Path) -> None:
     assert caught.value.where == f"`{UP}` (int4 g32 W4A16)"
 
 
-def test_what_lies_next_to_codes(tmp_path: Path) -> None:
+def test_what_lies_next_to_codes(tmp_path: Path, blocks: list[dict[str, Any]]) -> None:
     """Static int8 in float16 for Ascend: floats and biases are copied."""
     tensors = {
         f"{module}.{suffix}": made
@@ -170,6 +172,15 @@ def test_what_lies_next_to_codes(tmp_path: Path) -> None:
     manifest = {"manifest_version": 1, "recipe": "target: ascend\nrules: []\n", "files": {}}
     (tmp_path / MANIFEST).write_bytes(encode_manifest(manifest))
     plan = repacked(tmp_path, CT, tensors | floats, {"torch_dtype": "float16"}, description)
+    assert len(blocks) == 6, "of no rows and of one, for each last part of a name"
+    ones = 0x3F800000  # the bits of a float32 that is 1
+    assert blocks[1] == {
+        "weight": ((1, 32), {0}),
+        "quant_bias": ((1,), {0}),
+        "deq_scale": ((1,), {ones}),
+        "input_scale": ((1,), {1.0}),
+        "input_offset": ((1,), {0.0}),
+    }
     specs = {spec.name: spec for shard in plan.shards for spec in shard.tensors}
     assert specs["lm_head.weight"].dtype == "F16"
     assert specs[bias].dtype == "F32"
@@ -227,3 +238,82 @@ def test_a_file_of_scales_alone_goes(tmp_path: Path) -> None:
     assert plan.lines[0].modules == 2
     assert plan.floats == 0
     assert plan.quantized_params == plan.params == 2 * 32 * 32
+
+
+@pytest.mark.parametrize(("bias", "cast"), [("BF16", "F32"), ("F32", None)])
+def test_static_int8_for_another_engine(tmp_path: Path, bias: str, cast: str | None) -> None:
+    """The other format stores biases next to codes in float32."""
+    tensors = int8_rows(UP, 32, 32)[0] | {f"{UP}.input_scale": f32([0.5])}
+    nbytes = sum(len(data) for _, _, data in tensors.values())
+    tensors |= {f"{UP}.bias": tensor(bias, 32), "a.bias": tensor("F32", 4)}
+    tensors["lm_head.weight"] = tensor("BF16", 4, 32)
+    config = config_of(INT8, INT8 | {"strategy": "tensor"}, "int-quantized")
+    plan = repacked(tmp_path, "ascend", tensors, config)
+    (shard,) = plan.shards
+    assert shard.file == "model.safetensors"
+    copies = {item.source.spec.name: item for item in shard.items if isinstance(item, Copy)}
+    assert copies.keys() == {f"{UP}.bias", "a.bias", "lm_head.weight"}
+    assert copies[f"{UP}.bias"].dtype == cast
+    assert copies["a.bias"].dtype is None, "of no quantized module"
+    (line,) = plan.lines
+    assert line.nbytes_before == nbytes
+    packed = {spec.name: spec.nbytes for spec in shard.tensors if spec.name not in copies}
+    assert line.nbytes_after == sum(packed.values())
+    assert packed[f"{UP}.quant_bias"] == 4 * 32
+    assert [note for note in plan.notes if "must fit" in note] == [
+        "input_scale must fit bfloat16 as it is, which is checked while writing"
+    ]
+    stored = target_of(plan.checkpoint).open_stored(plan.checkpoint)
+    modules = list(_modules(plan.checkpoint, stored))
+    assert [(module.name, module.shape) for module in modules] == [(UP, (32, 32)), ("lm_head", (4, 32))]
+    assert [module.numerics is None for module in modules] == [False, True]
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What plans pack to see what comes of it: shape and numbers of each tensor, by suffix."""
+    packed: list[dict[str, Any]] = []
+
+    def spy(item: Repack, target: Target, stored: Any, *more: Any) -> Any:
+        packed.append(
+            {suffix: (tuple(t.shape), {*t.flatten().tolist()}) for suffix, t in stored.items()}
+        )
+        return recode(item, target, stored, *more)
+
+    monkeypatch.setattr("quantcli.planning.repack.recode", spy)
+    return packed
+
+
+def test_blocks_of_int4_hold_nothing(tmp_path: Path, blocks: list[dict[str, Any]]) -> None:
+    tensors = packed_int4(UP, 64, 32, 32, symmetric=True, wide=False)[0]
+    plan = repacked(tmp_path, "gptq", tensors, config_of(INT4, None, "pack-quantized"))
+    shape = ((2,), {64, 32})
+    assert blocks == [
+        {"weight_packed": ((0, 4), set()), "weight_scale": ((0, 1), set()), "weight_shape": shape},
+        {"weight_packed": ((8, 4), {0}), "weight_scale": ((8, 1), {1.0}), "weight_shape": shape},
+    ]
+    assert not any("must fit" in note for note in plan.notes)
+
+
+def cached(**change: Any) -> Any:
+    """The cache of a checkpoint, as `_cache_of` reads it: of one tensor."""
+    key = SimpleNamespace(spec=SimpleNamespace(name=f"{LAYER}.self_attn.k_scale"))
+    source = SimpleNamespace(cache="fp8", tensors=[key], attention=("q",), layers={})
+    cache = SimpleNamespace(**{**vars(source), **change}) if change != {"all": None} else None
+    return SimpleNamespace(checkpoint=SimpleNamespace(tensors={key.spec.name: key}), cache=cache)
+
+
+ENGINE: Any = SimpleNamespace(name="engine", caches={"fp8"}, cache_tensors=lambda _: ())
+
+
+@pytest.mark.parametrize(
+    "change", [{"all": None}, {"cache": None}, {"tensors": []}, {"attention": ()}, {"cache": "int8"}]
+)
+def test_a_cache_that_has_no_place(change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="`engine` has no place for its scales") as caught:
+        _cache_of(cached(**change), ENGINE)
+    assert caught.value.where == f"`{LAYER}.self_attn.k_scale`"
+
+
+def test_a_cache_that_goes_along() -> None:
+    assert _cache_of(cached(), ENGINE) == PlannedCache("fp8", ("q",), measured=False)  # type: ignore[arg-type]
