@@ -82,7 +82,8 @@ class Document:
         """
         version = self.data.get("version")
         if version is not None and (type(version) is not int or version != VERSION):
-            raise other_version(noun, version, VERSION, self.where(("version",)))
+            fix = f"write `version: {VERSION}`, and what that takes"
+            raise other_version(noun, version, VERSION, self.where(("version",)), fix)
 
     def is_overridden(self, *place: str | int) -> bool:
         """Whether a value is not the file's own, but an override's."""
