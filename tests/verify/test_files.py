@@ -242,7 +242,7 @@ ROWS = [
     row("generation config lost on the way", "dynamic", lose(GENERATION), "manifest", GENERATION,
         **OPEN),
     row("weight file gone, from the index too", "dynamic", gone, "description", "no weight file holds",
-        "38 more", also={"layers", "sizes"}, most=3),
+        "38 more", also={"layers"}, most=3),
     # manifest
     row("digit of the manifest", "dynamic", raw(MANIFEST, replaced(b'"bytes": 1', b'"bytes": 2')),
         "manifest", "changed since it was written", **OPEN),

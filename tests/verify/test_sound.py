@@ -1,5 +1,6 @@
 """No false alarm: whatever quantcli writes, and what the reference producer does, is found sound."""
 
+import json
 import shutil
 
 import pytest
@@ -132,6 +133,9 @@ def test_a_huge_number_in_a_name_takes_neither_memory_nor_time(tmp_path, family,
     tensors[name.replace(f"{place}.0", f"{place}.{10**20}")] = tensors[name].clone()
     save_file(tensors, file, metadata={"format": "pt"})
     (model / "model.safetensors.index.json").unlink(missing_ok=True)
+    config = json.loads((model / "config.json").read_text())
+    config.pop("num_hidden_layers")  # which would contradict the name
+    (model / "config.json").write_text(json.dumps(config))
     few = ("expect.quantizable_pct=>= 1",)
     quantize(plan("w8a8_dynamic", model=str(model), out=tmp_path / "out", overrides=few))
     report = verify(VerifyOptions(tmp_path / "out"))
