@@ -98,6 +98,9 @@ def test_the_same_checkpoint_gives_the_same_document(made, out, tmp_path):
     assert file.read_text() == printed
     assert run_cli("bom", out, "--json").json["bom"] == json.loads(printed)
     assert quantcli.bom(out).text == printed
+    assert (
+        quantcli.bom(f"{out}/../{out.name}/.").text == printed
+    )  # the folder's name, however it is given
     sealed(out, lambda table: table.update(plan="another"))
     assert document(out)["serialNumber"] != json.loads(printed)["serialNumber"]
 

@@ -153,8 +153,9 @@ def test_the_first_difference_is_named(released: Released, tmp_path: Path) -> No
     assert (first["file"], first["tensor"], first["index"]) == (file.name, name, [3, 5])
     assert (first["stored"], first["planned"], first["count"]) == (str(old ^ 1), str(old), 2)
     assert f"`{name}`[3, 5]" in result.json["error"]["what"]
-    # its manifest lists another hash than the file has
-    assert [each["file"] for each in result.json["differences"]] == [file.name, MANIFEST]
+    # the manifest lists what this run makes, so it does not differ
+    assert [each["file"] for each in result.json["differences"]] == [file.name]
+    assert result.json["notes"] == [f"`{file.name}` is not what {MANIFEST} lists: it was changed later"]
     shown = run_cli("reproduce", out, "--model", released.model)
     assert (shown.code, shown.out.splitlines()[-1][:10]) == (1, "DIFFERENT:")
     assert f"`{name}`[3, 5] in `{file.name}` is {old ^ 1}; this run makes {old} (1 more" in shown.out
@@ -172,22 +173,35 @@ def test_differences_of_other_files(released: Released, tmp_path: Path) -> None:
     (out / "config.json").write_text(json.dumps({**config, "rope_theta": 1.5}))
     description = out / "quant_model_description.json"
     description.write_text(description.read_text().replace("W8A8_DYNAMIC", "W8A8", 1))
+    with (out / "README.md").open("a") as card:
+        card.write("a last line")
     (out / "tokenizer.json").write_text("{}")
     (out / "generation_config.json").unlink()
     (out / "later.txt").write_text("x")
     with resealed(out) as table:
         table["serving_dtype"] = "F16"
+        table["files"][RECIPE]["sha256"] = "0" * 64
     report = released.reproduce(out).json
     found = {each["file"]: each for each in reversed(report["differences"])}
     copied = {"config.json", "tokenizer.json", "generation_config.json"}
-    assert found.keys() == copied | {description.name, MANIFEST}
+    assert found.keys() == copied | {description.name, MANIFEST, "README.md"}
+    assert found["README.md"]["stored"].startswith("has 'a last line' in line ")
+    assert found["README.md"]["planned"] == "no such line"
     assert "is 'W8A8'" in found[description.name]["stored"]
     assert "W8A8_DYNAMIC" in found[description.name]["planned"]
     assert sha256_of(out / "config.json") in found["config.json"]["stored"]
     assert "has the sha256 44136fa3" in found["tokenizer.json"]["stored"]
     assert found["generation_config.json"]["stored"] == "is missing"
     assert "`serving_dtype` is 'F16'" in found[MANIFEST]["stored"]
-    assert report["notes"] == ["`later.txt`: not in the manifest, and not compared"]
+    listed = [each for each in report["differences"] if each["file"] == MANIFEST]
+    assert listed[1]["stored"] == f"has sha256 {'0' * 64} for `{RECIPE}`"
+    assert listed[1]["planned"] == sha256_of(out / RECIPE)
+    assert len(listed) == 2  # of files that differ themselves, this run makes no hash
+    changed = ["README.md", "config.json", description.name, "tokenizer.json"]
+    assert report["notes"] == [
+        *(f"`{name}` is not what {MANIFEST} lists: it was changed later" for name in changed),
+        "`later.txt`: not in the manifest, and not compared",
+    ]
 
 
 def test_figures_in_the_card_are_a_note(released: Released, tmp_path: Path) -> None:
@@ -220,8 +234,10 @@ def test_another_text_model_or_tokenizer_is_refused(released: Released, tmp_path
     words = "reproduce", out, "--json", "--data", released.text, "--model"
     result = run_cli(*words, model)
     changed = sha256_of(model / "tokenizer_config.json")
-    what = f"this is another tokenizer: `tokenizer_config.json` has the sha256 {changed}; the"
+    what = f"this is another tokenizer: `tokenizer_config.json` has the sha256 {changed}; in"
     assert (result.code, result.json["error"]["what"][: len(what)]) == (2, what)
+    (model / "tokenizer_config.json").unlink()
+    assert "`tokenizer_config.json` is not there; in" in run_cli(*words, model).json["error"]["what"]
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "rope_theta": 2.0}))
     assert run_cli(*words, model).json["error"]["what"].startswith("this is another model: ")
@@ -319,19 +335,40 @@ def test_packed_checkpoints_and_other_versions(released: Released, tmp_path: Pat
 
 def test_a_manifest_that_does_not_record_the_text(released: Released, tmp_path: Path) -> None:
     out = released.copy("static", tmp_path)
-    with resealed(out) as table:
-        del table["calibration"]
-    report = released.reproduce(out, "--data", released.text).json
-    assert report["notes"] == [
+    text, tokenizer, statistics, tool = notes = [
         "which text it was calibrated on is not recorded: this run cannot tell",
         "which tokenizer it was calibrated with is not recorded",
+        "the sha256 of its statistics is not recorded",
+        "which versions calibrated it is not recorded",
     ]
-    assert (report["ok"], report["statistics"]["recorded"]) == (True, None)
+    words = out, "--data", released.text, "--calibration", tmp_path / "calibration"
+    with resealed(out) as table:
+        block = table.pop("calibration")
+    report = released.reproduce(*words).json
+    assert (report["ok"], report["notes"], report["statistics"]["recorded"]) == (True, notes, None)
+    for key, note in {
+        "text": text,
+        "tokenizer": tokenizer,
+        "statistics": statistics,
+        "tool": tool,
+    }.items():
+        with resealed(out) as table:
+            table["calibration"] = {other: block[other] for other in block if other != key}
+        report = released.reproduce(*words).json
+        assert (key, report["ok"], report["notes"]) == (key, True, [note])
+
+
+def reseal_source(out: Path, source: dict[str, Any]) -> None:
+    with resealed(out) as table:
+        table["source"] = source
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
+        (lambda out: out.rename(out.with_name("moved")), "no such folder"),
+        (lambda out: reseal_source(out, {}), f"{MANIFEST} does not say which model it was made of"),
+        (lambda out: reseal_source(out, {"files": {"x": 1}}), "`source.files.x` should be an object"),
         (lambda out: (out / MANIFEST).unlink(), f"there is no {MANIFEST}"),
         (lambda out: (out / RECIPE).write_text("target: ascend\n"), f"{RECIPE} is missing, or is not"),
     ],

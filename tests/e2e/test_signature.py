@@ -290,7 +290,7 @@ def test_a_signer_may_not_issue(out, keys, chain):
 
 
 def test_an_expired_certificate_is_refused(out, keys, chain, monkeypatch):
-    assert "is valid until" in sign_with(out, keys, "expired", "middle").err
+    assert f"only\n  --> {keys / 'expired.crt'}" in sign_with(out, keys, "expired", "middle").err
     name = "quantcli.checkpoint.signature.keys"
     monkeypatch.setattr(f"{name}._is_valid", lambda certificate, now: True)
     assert sign_with(out, keys, "expired", "middle").code == 0
@@ -370,10 +370,16 @@ def test_the_password_comes_from_the_environment(out, odd_keys, monkeypatch):
     monkeypatch.setenv("QUANTCLI_PASSWORD", "wrong")
     result = run_cli("sign", out, "--key", odd_keys / "secret.pem", "--force")
     assert result.code == 2
-    assert "its password may be another" in result.err
+    assert "with the password in QUANTCLI_PASSWORD" in result.err
+    assert "fix: set QUANTCLI_PASSWORD to the key's own" in result.err
     monkeypatch.setenv("QUANTCLI_PASSWORD", "open sesame")
     assert run_cli("sign", out, "--key", odd_keys / "secret.pem", "--force").code == 0
     assert check(out, odd_keys / "secret.pub").code == 0
+
+
+def test_nothing_there_is_bad_input_with_an_identity_too(tmp_path, keys):
+    result = run_cli("verify", tmp_path / "nowhere", "--identity", keys / "key.pub")
+    assert (result.code, "no such model directory" in result.err) == (2, True)
 
 
 def test_only_what_was_written_is_signed(out, keys):
@@ -383,6 +389,11 @@ def test_only_what_was_written_is_signed(out, keys):
     assert result.code == 1
     assert f"`{WEIGHTS}` is not what was written" in result.err
     flip(WEIGHTS)(out)
+    odd = out / "a\nb"
+    odd.touch()  # verify would not read a signature with this name
+    result = run_cli("sign", out, *key, "--force")
+    assert (result.code, "file name `a\\nb` has control characters" in result.err) == (2, True)
+    odd.unlink()
     (out / TOKENIZER).unlink()
     assert "`tokenizer.json` is missing" in run_cli("sign", out, *key, "--force").err
     link_to_folder(out)

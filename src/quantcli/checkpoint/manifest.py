@@ -42,6 +42,7 @@ def check_manifest(table: Table) -> None:
         table.text(key, None)
     if (source := table.table("source", None)) is not None:
         source.text("fingerprint", None)
+        source.tables("files", None)
     if (tool := table.table("tool", None)) is not None:
         tool.text("version", None)
         packages = tool.table("packages", Table({}, table.where))

@@ -49,7 +49,7 @@ def verify(
     try:
         structure = verify_structure(folder, options.tp_sizes)
     except InputError as error:
-        if signed is None or signed.ok:
+        if signed is None or signed.ok or not os.path.lexists(folder / SIGNATURE):
             raise
         report = Report(named(str(folder)), depths=["structure"])
         report.add([of_error("headers", error)])

@@ -121,8 +121,7 @@ class Identity:
         except Exception as error:  # what a parser says of hostile bytes
             raise Untrusted(f"the certificate cannot be read: {_words(error)}") from None
         if not _is_valid(own, now):
-            begin, end = own.not_valid_before_utc, own.not_valid_after_utc
-            raise Untrusted(f"the certificate of {name} is valid from {begin:%F} to {end:%F} only")
+            raise Untrusted(f"the certificate of {name} is valid {_days(own)} only")
         if own not in self.roots:  # else it is trusted by itself
             _check_chain(own, others, self.roots, now, name)
         if not _may_sign(extensions):
@@ -156,8 +155,8 @@ def load_signer(key: Path, certificate: Path | None = None, chain: Path | None =
         where = str(certificate or chain or key)
         raise InputError(what, where=where, fix="give --certificate of this key, then --chain")
     if listed and not _is_valid(listed[0], datetime.now(UTC)):
-        what = f"certificate of {_name_of(listed[0])} is valid until {listed[0].not_valid_after_utc:%F}"
-        raise InputError(what, where=str(certificate or chain or key), fix="renew it")
+        what = f"certificate of {_name_of(listed[0])} is valid {_days(listed[0])} only"
+        raise InputError(what, where=str(certificate or chain or key), fix="renew it, or wait")
     if listed and not _may_sign(listed[0].extensions):
         what = f"certificate of {_name_of(listed[0])} is not one for signing"
         fix = "give one with the key usage digitalSignature, or codeSigning"
@@ -180,9 +179,9 @@ def load_identity(file: Path, signer: str | None = None) -> Identity:
             try:
                 keys.append(_usable(load_pem_public_key(block)))
             except (InputError, ValueError, TypeError) as error:
-                raise InputError(
-                    f"public key cannot be used: {_words(error)}", where=str(file)
-                ) from None
+                what = f"public key cannot be used: {_words(error)}"
+                fix = "give the public key of whoever signed"
+                raise InputError(what, where=str(file), fix=fix) from None
     roots = _certificates(blocks, file)
     if not keys and not roots:
         what = "file has neither a public key nor a certificate"
@@ -233,8 +232,10 @@ def _load_private(block: bytes, file: Path) -> ec.EllipticCurvePrivateKey:
         key = load_pem_private_key(block, secret)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         # the library's words may quote the file
-        what = "private key cannot be read" + ("; its password may be another" if encrypted else "")
-        raise InputError(what, where=str(file), fix=_MAKE) from None
+        what, fix = "private key cannot be read", _MAKE
+        if encrypted:
+            what, fix = f"{what} with the password in {PASSWORD}", f"set {PASSWORD} to the key's own"
+        raise InputError(what, where=str(file), fix=fix) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in _CURVES:
         what = f"private key is of {_kind(key)}; signatures take the curves P-256, P-384 and P-521"
         raise InputError(what, where=str(file), fix=_MAKE)
@@ -266,7 +267,8 @@ def _certificates(blocks: list[tuple[str, bytes]], file: Path) -> list[Certifica
             x509.load_pem_x509_certificate(block) for kind, block in blocks if kind == "CERTIFICATE"
         ]
     except ValueError as error:
-        raise InputError(f"certificate cannot be read: {_words(error)}", where=str(file)) from None
+        what, fix = f"certificate cannot be read: {_words(error)}", "copy the certificate again"
+        raise InputError(what, where=str(file), fix=fix) from None
 
 
 def _check_chain(
@@ -309,6 +311,10 @@ def _check_chain(
 
 def _is_valid(certificate: Certificate, now: datetime) -> bool:
     return certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc
+
+
+def _days(certificate: Certificate) -> str:
+    return f"from {certificate.not_valid_before_utc:%F} to {certificate.not_valid_after_utc:%F}"
 
 
 def _may_sign(extensions: Any) -> bool:

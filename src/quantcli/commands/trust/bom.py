@@ -24,6 +24,7 @@ from quantcli.commands.steps import OnProgress, progress_of
 from quantcli.core.disk import check_file, write_file
 from quantcli.core.errors import AnswerNo, InputError, MachineError
 from quantcli.core.events import SILENT, Progress
+from quantcli.core.place import expanded
 from quantcli.core.text import pip_install
 from quantcli.core.untrusted.names import printable, visible_json
 from quantcli.core.untrusted.tables import Table
@@ -92,9 +93,10 @@ def make_bom(checkpoint: str, file: Path | None = None, progress: Progress = SIL
         what = f"there is no {MANIFEST}: what it was made of is not known"
         raise InputError(what, where=checkpoint, fix="give a checkpoint that quantcli wrote")
     manifest = Table(read_manifest(opened.path), MANIFEST)
-    name = printable(checkpoint.rstrip("/").rpartition("/")[2] or opened.path.name)
+    place = expanded(checkpoint)
+    name = place.resolve().name if place.is_dir() else checkpoint.rstrip("/").rpartition("/")[2]
     notes: list[str] = []
-    document = _document(name, opened, manifest, notes)
+    document = _document(printable(name), opened, manifest, notes)
     result = Bom(bom=document, file=file, notes=notes)
     _must_be_valid(result.text)
     if file is not None:

@@ -150,6 +150,8 @@ def run(wish: Wish, resources: Resources, progress: Progress = SILENT) -> dict[s
 def _begin(wish: Wish, progress: Progress) -> Attempt:
     """Open both. InputError without a sound manifest, and for another model."""
     folder = find_model(wish.checkpoint, progress)
+    if not folder.is_dir():
+        raise InputError("no such folder", where=wish.checkpoint, fix="check the path")
     if not (folder / MANIFEST).is_file():
         what = f"there is no {MANIFEST}, which says how a checkpoint was made"
         raise InputError(what, where=wish.checkpoint, fix=_MAKE)
@@ -161,9 +163,12 @@ def _begin(wish: Wish, progress: Progress) -> Attempt:
     source = source if isinstance(source, dict) else {}
     if source.get("fingerprint") != checkpoint.fingerprint:
         recorded = source.get("fingerprint")
+        if recorded is None:
+            what = f"{MANIFEST} does not say which model it was made of"
+            raise InputError(what, where=wish.checkpoint, fix=_MAKE)
         raise InputError(
             f"this is another model: its headers and config.json have the fingerprint "
-            f"{checkpoint.fingerprint}; the checkpoint was made of {recorded!s:.80}",
+            f"{checkpoint.fingerprint}; the checkpoint was made of {recorded:.80}",
             where=f"--model {wish.model}",
             fix="give the model that the checkpoint was made of",
         )
@@ -269,6 +274,10 @@ def _measured(attempt: Attempt, plan: Plan, resources: Resources, progress: Prog
         attempt.notes.append("which tokenizer it was calibrated with is not recorded")
     elif recorded.tokenizer:
         _check_tokenizer(recorded.tokenizer, tokenizer_files(attempt.checkpoint.path), wish.model)
+    if recorded.statistics is None:
+        attempt.notes.append("the sha256 of its statistics is not recorded")
+    if recorded.tool is None:
+        attempt.notes.append("which versions calibrated it is not recorded")
     given = wish.data is not None or wish.examples is not None
     if wish.calibration is not None and wish.calibration.is_dir() and not given:
         found = load_for(plan, wish.calibration)
@@ -292,11 +301,15 @@ def _check_tokenizer(recorded: Mapping[str, str], here: Mapping[str, str], model
     for name in sorted(recorded.keys() | here.keys()):
         if recorded.get(name) != here.get(name):
             raise InputError(
-                f"this is another tokenizer: `{name}` has the sha256 {here.get(name)}; the checkpoint "
-                f"was calibrated with {recorded.get(name)}",
+                f"this is another tokenizer: `{name}` {_sha256(here.get(name))}; in the one that "
+                f"the checkpoint was calibrated with, it {_sha256(recorded.get(name))}",
                 where=f"--model {model}",
                 fix="give the model with the tokenizer that it had then",
             )
+
+
+def _sha256(sha256: str | None) -> str:
+    return "is not there" if sha256 is None else f"has the sha256 {sha256}"
 
 
 def _data(attempt: Attempt, plan: Plan) -> str | None:
@@ -357,7 +370,11 @@ def _compare(
     files = [path for shard in plan.shards if (path := attempt.folder / shard.file).is_file()]
     pool = Pool(workers, cluster, (*files, *source_files(plan, plan.shards)) if cluster else ())
     progress.say(f"comparing {attempt.wish.checkpoint}, file by file")
-    differences = [*_shards(attempt, whole, pool, progress), *whole.files(), *whole.listing()]
+    differences = [*_shards(attempt, whole, pool, progress), *whole.files()]
+    different = {each.file for each in differences}
+    differences += whole.listing(different)
+    for name in sorted(different & whole.changed.keys()):
+        attempt.notes.append(f"`{name}` is not what {MANIFEST} lists: it was changed later")
     if whole.figures():
         attempt.notes.append("README.md also has the figures of `quantcli verify --card`")
     if others := whole.others():

@@ -22,7 +22,7 @@ from quantcli.core.errors import AnswerNo, InputError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.text import count
 from quantcli.core.threads import default_workers
-from quantcli.core.untrusted.names import printable, utf8_fault
+from quantcli.core.untrusted.names import file_name_fault, printable, utf8_fault
 
 _COPY = "copy the checkpoint again, or convert the model again"
 
@@ -133,12 +133,11 @@ def _folder(checkpoint: str) -> Path:
 
 def _must_be_files(root: Path, names: Iterable[str]) -> None:
     for name in names:
-        fault = utf8_fault(name) or why_no_file(root, name)
+        fault = utf8_fault(name) or file_name_fault(name) or why_no_file(root, name)
         if fault is not None:
             where = f"{root}/{printable(name)}"
-            raise InputError(
-                f"cannot be signed: {fault}", where=where, fix="replace it by a file, or remove it"
-            )
+            fix = "make it a file with another name, or remove it"
+            raise InputError(f"cannot be signed: {fault}", where=where, fix=fix)
 
 
 def _digests(root: Path, sizes: dict[str, int], workers: int, progress: Progress) -> dict[str, str]:

@@ -6,9 +6,10 @@ of tensors are computed again and compared at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,11 @@ class Whole:
             elif (ours := sha256_of(path)) != (models := sha256_of(self.plan.checkpoint.path / name)):
                 yield Unlike(name, f"has the sha256 {ours}", f"a copy of the model's, {models}")
 
-    def listing(self) -> Iterator[Unlike]:
-        """The differences of the manifest: of the conversion, of the files and of their hashes."""
+    def listing(self, different: Collection[str]) -> Iterator[Unlike]:
+        """The differences of the manifest: of the conversion, of the files and of their hashes.
+
+        different: files that this run makes otherwise. Their hashes are not known here.
+        """
         files: Mapping[str, Any] = self.manifest["files"]
         planned = {*(s.file for s in self.plan.shards), *self.plan.sidecars, *self.plan.copies}
         for name in sorted(planned ^ files.keys()):
@@ -154,19 +158,29 @@ class Whole:
                 head.pop(key)
                 stored.pop(key, None)
             head, stored = _without_tool(head), _without_tool(stored)
-        if "calibration" not in stored:  # of a version that did not record it, which is a note
-            head.pop("calibration", None)
+        if isinstance(block := stored.get("calibration", {}), dict) and "calibration" in head:
+            # an earlier version may not have recorded all of it, which is a note
+            kept = {key: value for key, value in head["calibration"].items() if key in block}
+            head["calibration"], stored["calibration"] = kept, block
         if (change := change_of(stored, head)) is not None:
             yield Unlike(MANIFEST, *_halves(change))
-        for name, entry in files.items():
+        for name, (key, listed, now) in self.changed.items():
+            if name in planned and name not in different:
+                yield Unlike(MANIFEST, f"has {key} {listed:.80} for `{name}`", now)
+
+    @cached_property
+    def changed(self) -> dict[str, tuple[str, str, str]]:
+        """Files that the manifest lists otherwise: a key of the entry, its value, that of the file."""
+        found = {}
+        for name, entry in self.manifest["files"].items():
             path = self.folder / name
-            if name not in planned or not path.is_file():
+            if not path.is_file():
                 continue
             now = file_entry(path, checksum="sha256" in entry)
             other = next((key for key in now if now[key] != entry.get(key)), None)
             if other is not None:
-                has = f"has {other} {entry.get(other)!s:.80} for `{name}`"
-                yield Unlike(MANIFEST, has, f"{now[other]}")
+                found[name] = (other, str(entry.get(other)), str(now[other]))
+        return found
 
     def figures(self) -> bool:
         """Whether the card has figures of a verification, which a conversion does not write."""
@@ -235,8 +249,13 @@ def _texts(name: str, stored: bytes, planned: bytes) -> tuple[str, str]:
             return _halves(change)
     lines = (content.decode(errors="replace").splitlines() for content in (stored, planned))
     for number, (line, other) in enumerate(zip_longest(*lines), 1):
+        if line is None:
+            return f"has no line {number}", f"{other!r:.120}"
         if line != other:
-            return f"has {line!r:.120} in line {number}", f"{other!r:.120}"
+            return (
+                f"has {line!r:.120} in line {number}",
+                f"{other!r:.120}" if other is not None else "no such line",
+            )
     at = _first(stored, planned)
     return f"has another byte {at}", f"{len(planned):,} bytes"
 
