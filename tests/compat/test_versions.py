@@ -62,7 +62,10 @@ def test_another_version_is_named(tmp_path: Path, noun: str, version: str, fix: 
         read(write(tmp_path, version))
     shown = repr(json.loads(version))
     assert caught.value.what == f"the {noun} has version {shown}; this quantcli reads version {reads}"
-    assert caught.value.fix == fix
+    written = noun in {"recipe", "release file"}  # by hand
+    assert caught.value.fix == (
+        "write `version: 1`, and what that takes" if written and fix == AGAIN else fix
+    )
     line = {"recipe": ":4", "release file": ":2"}.get(noun, "")
     assert (caught.value.where or "").endswith(line)
 

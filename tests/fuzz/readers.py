@@ -530,8 +530,8 @@ _PART = {
     "part_version": 1, "part": 1, "of": 2, "checksum": True, "carried": ["config.json"],
     "shards": {"model-00001-of-00002.safetensors": 1, "model-00002-of-00002.safetensors": 2},
     "manifest": {"plan": "a" * 64, "tool": {}, "source": {"fingerprint": "b" * 64}, "recipe": "x: y\n"},
-    "files": {"model-00001-of-00002.safetensors": {"bytes": 4, "sha256": "a", "blake3": "b"},
-              "config.json": {"bytes": 4, "sha256": "a", "blake3": "b"}},
+    "files": {"model-00001-of-00002.safetensors": {"bytes": 4, "sha256": "a" * 64, "blake3": "b" * 64},
+              "config.json": {"bytes": 4, "sha256": "a" * 64, "blake3": "b" * 64}},
 }  # fmt: skip
 
 
@@ -545,7 +545,9 @@ def part(folder: Path) -> Read:
     for each_folder in folders_:
         each_folder.mkdir()
     second = {**_PART, "part": 2}
-    second["files"] = {"model-00002-of-00002.safetensors": {"bytes": 4, "sha256": "a", "blake3": "b"}}
+    second["files"] = {
+        "model-00002-of-00002.safetensors": {"bytes": 4, "sha256": "a" * 64, "blake3": "b" * 64}
+    }
     (folders_[1] / "quantcli_part.json").write_bytes(encode_manifest(second))
 
     def read(data: bytes) -> object:

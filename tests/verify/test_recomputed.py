@@ -449,7 +449,7 @@ def recipe_of(copy):
     [
         ({"source": {"fingerprint": "0" * 64}}, "the manifest names another source than MODEL"),
         ({"source": None}, "the manifest names another source than MODEL"),
-        ({"recipe": 5}, "the manifest's recipe is not that of quantcli_recipe.yaml"),
+        ({"recipe": None}, "the manifest's recipe is not that of quantcli_recipe.yaml"),
         ({"recipe": "target: ascend\n"}, "the manifest's recipe is not that of quantcli_recipe.yaml"),
         ({"state": "lossless"}, "MODEL cannot be packed as the manifest says: this is a float model"),
         (

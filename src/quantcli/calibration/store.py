@@ -35,6 +35,7 @@ from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
 from quantcli.core.disk import disk_errors, lock, sha256_of, write_file
 from quantcli.core.errors import InputError, QuantError, other_version
+from quantcli.core.untrusted.names import file_name_fault
 from quantcli.core.untrusted.tables import Table, read_table
 from quantcli.planning.measured import Basis, Edit, EditFactors, Measured
 
@@ -235,11 +236,17 @@ def read_head(folder: Path, *, fresh: bool = False) -> tuple[Key, int] | None:
 
 
 def read_basis(folder: Path) -> Basis:
-    """What the calibration in `folder` was made of, as far as it says."""
+    """What the calibration in `folder` was made of, as far as it says. InputError for hashes that are
+    none, and for names that a manifest cannot have."""
     head = _read(folder / HEAD)
-    files = head.table("tokenizer", None)
-    tokenizer = {name: files.text(name) for name in files} if files is not None else {}
-    return Basis(head.text("text", None), tokenizer, head.text("tool", ""))
+    files = head.table("tokenizer", Table({}, head.where))
+    if fault := next(filter(None, map(file_name_fault, files)), None):
+        raise InputError(fault, where=head.where, fix=head.fix)
+    tokenizer = {name: files.digest(name) for name in files}
+    tool = head.text("tool", "")
+    if not tool.isprintable():
+        head.refuse("tool", "has control characters")
+    return Basis(head.digest("text", None), tokenizer, tool)
 
 
 def further_folders(folder: Path) -> list[Path]:

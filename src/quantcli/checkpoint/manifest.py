@@ -60,8 +60,8 @@ def check_files(files: Mapping[str, Table]) -> None:
         if (fault := file_name_fault(name)) is not None:
             raise InputError(fault, where=entry.where, fix=entry.fix)
         entry.integer("bytes")
-        entry.text("sha256", None)
-        entry.text("blake3", None)
+        entry.digest("sha256", None)
+        entry.digest("blake3", None)
 
 
 def whole_manifest(content: bytes, sizes: Mapping[str, int]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
 import sys
@@ -23,6 +24,7 @@ from quantcli.core.untrusted.names import printable
 from quantcli.core.untrusted.panics import is_panic
 
 _LONG = 5.0  # seconds
+_HELP = frozenset({"-h", "--help", "-V", "--version"})
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # click's, or typer's own copy of it
 
 
@@ -144,6 +146,11 @@ def _run(argv: list[str], out: Output) -> int:
         return error.exit_code
     except _UsageError as error:
         raise _usage_error(error, argv[0], group) from None
+    except OSError as error:
+        # typer itself prints these; all else that is printed says by itself what cannot be written
+        if not _HELP.isdisjoint(argv) and error.filename is None and error.errno != errno.EPIPE:
+            raise stdout_error(error) from None
+        raise
     return Exit.DONE
 
 

@@ -11,6 +11,7 @@ from quantcli.commands.job import USUAL, Job, JobOptions, job_json, make_job, op
 from quantcli.core.errors import InputError, one_of
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.registry import discover
+from quantcli.core.untrusted.names import utf8_fault
 from quantcli.core.untrusted.yaml_text import read_yaml
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ def _values(options: Sequence[str]) -> dict[str, Any]:
     """The options of a target by their keys. InputError for one that is not KEY=VALUE."""
     values: dict[str, Any] = {}
     for option in options:
+        if (fault := utf8_fault(option)) is not None:
+            raise InputError(fault, where=f"--set {option}", fix="write it in UTF-8")
         key, equals, text = option.partition("=")
         if not equals:
             what, fix = f"`{option}` is not of the form KEY=VALUE", "KEY is an option of the target"

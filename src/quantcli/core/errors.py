@@ -117,15 +117,20 @@ class Interrupted(QuantError):
     exit_code = Exit.INTERRUPTED
 
 
-def other_version(noun: str, version: Any, reads: int, where: str) -> InputError:
+def other_version(
+    noun: str,
+    version: Any,
+    reads: int,
+    where: str,
+    fix: str = "make it again with this version of quantcli",
+) -> InputError:
     """The error for a file of ours in a form that this version does not read.
 
-    noun: what it is. reads: the version of the form that is read.
+    noun: what it is. reads: the version of the form that is read. fix: of one that is not newer.
     """
     newer = type(version) is int and version > reads
-    fix = UPGRADE if newer else "make it again with this version of quantcli"
     what = f"the {noun} has version {version!r:.40}; this quantcli reads version {reads}"
-    return InputError(what, where=where, fix=fix)
+    return InputError(what, where=where, fix=UPGRADE if newer else fix)
 
 
 def closest(name: str, candidates: Iterable[str], limit: int = 3) -> str:

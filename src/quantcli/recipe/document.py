@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.core.errors import InputError, MachineError, one_of, other_version
+from quantcli.core.untrusted.names import utf8_fault
 from quantcli.core.untrusted.yaml_text import MAX_BYTES, MAX_DEPTH, Place, read_yaml
 
 VERSION = 1  # of the form of recipes and release files
@@ -50,6 +51,8 @@ class Document:
     def override(self, assignment: str) -> None:
         """Apply one `--set KEY=VALUE`, such as `rules.0.scheme=keep`; the value is YAML."""
         flag = assignment.where if isinstance(assignment, Assignment) else f"--set {assignment}"
+        if (fault := utf8_fault(assignment)) is not None:
+            raise InputError(fault, where=flag, fix="write it in UTF-8")
         key, equals, text = assignment.partition("=")
         if not equals or not key:
             what = f"`{assignment}` is not of the form KEY=VALUE"
@@ -82,7 +85,8 @@ class Document:
         """
         version = self.data.get("version")
         if version is not None and (type(version) is not int or version != VERSION):
-            raise other_version(noun, version, VERSION, self.where(("version",)))
+            fix = f"write `version: {VERSION}`, and what that takes"
+            raise other_version(noun, version, VERSION, self.where(("version",)), fix)
 
     def is_overridden(self, *place: str | int) -> bool:
         """Whether a value is not the file's own, but an override's."""

@@ -544,6 +544,12 @@ def test_a_broken_tokenizer(tmp_path: Path, table: str | None, what: str) -> Non
     assert where == str(model)
 
 
+def test_settings_of_a_tokenizer_that_are_no_json_are_named(tmp_path: Path) -> None:
+    model = tiny_copy(tmp_path / "m", tokenizer_config__json='{"a":' * 5000)
+    found, where, _ = refused(InputError, lambda: load(text_file(tmp_path), model))
+    assert (found, where) == ("JSON is nested too deeply", str(model / "tokenizer_config.json"))
+
+
 def test_a_tokenizer_that_needs_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: Any, **__: Any) -> Any:
         raise ImportError("\n T requires the protobuf library\n")

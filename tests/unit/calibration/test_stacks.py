@@ -262,8 +262,7 @@ def test_modules_that_no_text_reaches_are_known_by_name(tmp_path):
     roles = dict.fromkeys([*modules[1:], head], "mtp") | {modules[0]: "attention"}
     assert beyond_text(checkpoint, roles) == [head]
     config = json.loads((path / "config.json").read_text())
-    for odd in (["deepseek_v3"], {}, "another"):
-        (path / "config.json").write_text(json.dumps(config | {"model_type": odd}))
-        other = open_checkpoint(path)
-        assert next_token_layer(other) is None
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "another"}))
+    other = open_checkpoint(path)
+    assert next_token_layer(other) is None
     assert beyond_text(other, roles) == [*modules[1:], head]

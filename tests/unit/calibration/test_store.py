@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,27 @@ def test_a_head_is_read_by_types(folder: Path, before: str, after: str, what: st
         read_head(folder)
     assert what in caught.value.what
     assert (caught.value.where or "").startswith(str(folder))
+
+
+BASES = {
+    "text": ({"text": "a" * 63 + "\x9b"}, "`text` should be a hash of 64 hexadecimal digits, not 'a"),
+    "tokenizer": ({"tokenizer": {"a": "b"}}, "`tokenizer.a` should be a hash of 64 hexadecimal"),
+    "file": ({"tokenizer": {"\x9b": "a" * 64}}, "file name `\\x9b` has control characters"),
+    "tool": ({"tool": "\u202e"}, "`tool` has control characters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "what"), BASES.values(), ids=[*BASES])
+def test_what_manifests_take_of_a_head_is_checked(
+    folder: Path, change: dict[str, Any], what: str
+) -> None:
+    head = json.loads((folder / HEAD).read_text())
+    (folder / HEAD).write_text(json.dumps(head | change))
+    with pytest.raises(InputError) as caught:
+        load_measured(folder, 1)
+    assert what in caught.value.what
+    assert caught.value.where == str(folder / HEAD)
+    assert caught.value.fix == f"delete {folder} to make it anew"
 
 
 def stored(dtype: str, *shape: int) -> StoredTensor:

@@ -125,6 +125,8 @@ def test_the_versions_as_text(tool: Any, text: str) -> None:
         {"source": {"fingerprint": 1}}, {"tool": {"version": 1}}, {"tool": {"packages": []}},
         {"tool": {"packages": {"torch": 2}}}, {"files": {"a": {}}}, {"files": {"a": {"bytes": "3"}}},
         {"files": {"a": {"bytes": 3, "sha256": 1}}}, {"files": {"a": {"bytes": 3, "blake3": 1}}},
+        {"files": {"a": {"bytes": 3, "sha256": "a"}}},
+        {"files": {"a": {"bytes": 3, "blake3": "A" * 64}}},
         {"files": {"../a": {"bytes": 3}}}, {"files": {"a" * 256: {"bytes": 3}}},
     ],
 )  # fmt: skip

@@ -164,6 +164,7 @@ def test_set_opens_a_block_that_is_empty_or_absent(load):
 @pytest.mark.parametrize(
     ("assignment", "what", "fix"),
     [
+        ("rules\udcff=1", "`rules\\xff=1` is not UTF-8", "write it in UTF-8"),
         ("nonsense", "is not of the form KEY=VALUE", "--set target=ascend"),
         ("", "is not of the form KEY=VALUE", "--set target=ascend"),
         ("=x", "is not of the form KEY=VALUE", "--set target=ascend"),

@@ -276,6 +276,8 @@ def _load(model: Path, trust_remote_code: bool) -> Any:
             str(model), local_files_only=True, trust_remote_code=trust_remote_code
         )
         empty = len(tokenizer) <= len(tokenizer.all_special_ids)
+    except InputError:  # it says more than the library would
+        raise
     except Exception as error:  # whatever its files make the library stumble over
         if is_out_of_memory(error):
             raise MemoryError from None

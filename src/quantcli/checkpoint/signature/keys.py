@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,23 +88,24 @@ class Identity:
         from cryptography.hazmat.primitives.asymmetric import ec
 
         if bundle.certificates:
-            public, name = self._certified(bundle, now or datetime.now(UTC))
+            signers = [self._certified(bundle, now or datetime.now(UTC))]
         else:
-            public, name = self._named(bundle)
-        try:
-            public.verify(bundle.signature, bundle.signed, ec.ECDSA(_hash_of(public)))
-        except InvalidSignature:
-            raise Untrusted(f"the signature is not one of {name} over this statement") from None
-        return name
+            signers = self._named(bundle)
+        for public, name in signers:
+            with suppress(InvalidSignature):
+                public.verify(bundle.signature, bundle.signed, ec.ECDSA(_hash_of(public)))
+                return name
+        names = " or ".join(name for _, name in signers)
+        raise Untrusted(f"the signature is not one of {names} over this statement")
 
-    def _named(self, bundle: Bundle) -> tuple[ec.EllipticCurvePublicKey, str]:
-        """The key that a signature says it is of."""
+    def _named(self, bundle: Bundle) -> list[tuple[ec.EllipticCurvePublicKey, str]]:
+        """The key that a signature says it is of, with its name; all keys if it does not say."""
         if not self.keys:
             raise Untrusted("signed with a key alone, and the identity has only certificates")
-        for key in self.keys:
-            if not bundle.hint or bundle.hint == _hint(key):
-                return key, _name_of_key(key)
-        raise Untrusted(f"signed with another key, sha256:{printable(bundle.hint):.16}")
+        keys = [key for key in self.keys if not bundle.hint or bundle.hint == _hint(key)]
+        if not keys:
+            raise Untrusted(f"signed with another key, sha256:{printable(bundle.hint):.16}")
+        return [(key, _name_of_key(key)) for key in keys]
 
     def _certified(self, bundle: Bundle, now: datetime) -> tuple[ec.EllipticCurvePublicKey, str]:
         """The key of the signer's certificate, after that was checked."""

@@ -17,6 +17,7 @@ MAX_DIGITS = 1000  # of one number
 MAX_JSON = 256 * 2**20  # bytes of an index, a config or a description
 _DEEPEST = 64  # objects and lists within each other
 _MOST = 2**63 - 1
+_DIGEST = re.compile("[0-9a-f]{64}")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _FETCH = "fetch the file again"
 
@@ -182,6 +183,17 @@ class Table:
     def text(self, key: str, default: Any = _REQUIRED) -> Any:
         """A text."""
         return self._get(key, str, default, "text")
+
+    @overload
+    def digest(self, key: str) -> str: ...
+    @overload
+    def digest(self, key: str, default: D) -> str | D: ...
+    def digest(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A hash of 32 bytes, as 64 hexadecimal digits: sha256 or blake3."""
+        found = self.text(key, default)
+        if found is not default and not _DIGEST.fullmatch(found):
+            self.refuse(key, f"should be a hash of 64 hexadecimal digits, not {found!r:.40}")
+        return found
 
     @overload
     def flag(self, key: str) -> bool: ...
