@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError, safe_open
 
-from quantcli.checkpoint.header import MAX_HEADER, encode_header, layout, read_header
+from quantcli.checkpoint.header import MAX_HEADER, MAX_TENSORS, encode_header, layout, read_header
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import Exit, InputError, MachineError
 from quantcli.core.untrusted.tables import parse_json
@@ -286,6 +286,12 @@ MALFORMED = [
         id="side-over-63-bits",
     ),
     pytest.param(
+        entry(shape=[2**63 - 1]),
+        "F32 [9223372036854775807] is larger than any memory",
+        TENSOR,
+        id="side-of-63-bits",
+    ),
+    pytest.param(
         entry(shape=[1] * 16 + [2]),
         "shape has 17 dimensions; the limit is 16",
         TENSOR,
@@ -538,6 +544,7 @@ def test_a_header_over_the_limit_is_not_read_though_the_file_is_long_enough(file
 
 
 def test_too_many_tensors(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MAX_TENSORS == 10**6
     monkeypatch.setattr("quantcli.checkpoint.header.MAX_TENSORS", 2)
     file.write_bytes(spans(3, a=[0, 1], b=[1, 2], c=[2, 3]))
     with pytest.raises(InputError, match=r"^3 tensors; the limit is 2\n") as caught:

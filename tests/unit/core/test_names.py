@@ -72,6 +72,7 @@ def test_json_of_what_no_screen_shows(text: str, shown: str) -> None:
     table = f'{{\n  "a": "{text}"\n}}'
     assert visible_json(table) == f'{{\n  "a": "{shown}"\n}}'
     assert json.loads(visible_json(table)) == {"a": text}
+    assert visible_json('"\t"') == '"\\u0009"'
 
 
 def test_a_text_that_no_file_of_utf8_holds() -> None:

@@ -407,7 +407,7 @@ def test_quant_bias_is_that_of_the_stored_one_but_for_rounding(
     parts["quant_bias"] = torch.tensor([total + slack, total - slack, total], dtype=torch.int32)
     bias = torch.full((3,), 2.0**30)
     _bias_is_there(parts, static, 0, bias)
-    parts["quant_bias"][1:] = total + slack + 1
+    parts["quant_bias"][1:] = torch.tensor([total + slack + 1, total + slack + 2])  # the first counts
     with pytest.raises(InputError, match=f"the stored bias gives {total}") as caught:
         _bias_is_there(parts, replace(static, origin=ascend()), 0, bias)
     assert caught.value.what.startswith(f"quant_bias is {total + slack + 1},")
