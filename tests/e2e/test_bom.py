@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "fingerprint is a list": (lambda out: sealed(out, lambda t: t["source"].update(fingerprint=[])), 2,
                               "should be text"),
     "a hash is none": (lambda out: sealed(out, lambda t: t["files"][CARD].update(sha256="x")), 2,
-                       "cannot hold"),
+                       "64 hexadecimal digits"),
     "text of a calibration is a list": (lambda out: sealed(out, lambda t: t.update(calibration=[])), 2,
                                         "should be an object"),
 }  # fmt: skip

@@ -54,7 +54,7 @@ MANIFESTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def manifest(**changes: Any) -> dict[str, Any]:
-    return {"manifest_version": 1, "files": {"a/b": {"bytes": 1, "sha256": "x"}}, **changes}
+    return {"manifest_version": 1, "files": {"a/b": {"bytes": 1, "sha256": "1" * 64}}, **changes}
 
 
 @pytest.mark.parametrize(("changes", "what"), MANIFESTS.values(), ids=[*MANIFESTS])
@@ -80,7 +80,7 @@ def test_a_sound_manifest_is_read(tmp_path: Path) -> None:
 
 
 def part() -> dict[str, Any]:
-    entry = {"bytes": 1, "sha256": "x", "blake3": "y"}
+    entry = {"bytes": 1, "sha256": "1" * 64, "blake3": "2" * 64}
     return {
         "part_version": 1,
         "part": 1,
