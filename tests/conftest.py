@@ -23,10 +23,12 @@ for _name in [*os.environ]:
     if _name in {"COLUMNS", "FORCE_COLOR"} or _name.startswith("QUANTCLI_"):
         del os.environ[_name]
 
-# A script's background jobs are started with SIGINT ignored, and all that they start inherits that:
-# Ctrl-C would do nothing in the tests of it.
+# A script's background jobs are started with SIGINT ignored, those of nohup with SIGHUP, and all that
+# they start inherits that: interrupts would do nothing in the tests of them.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

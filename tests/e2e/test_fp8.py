@@ -317,7 +317,6 @@ def test_a_tied_head_that_is_not_listed(foreign, tmp_path):
     for names, classes, code in (
         (["visual"], ["LlamaForCausalLM"], 1),
         (["visual"], ["LlamaModel"], 0),
-        (["visual"], "LlamaForCausalLM", 0),
         (["lm_head"], ["LlamaForCausalLM"], 0),
         (None, ["LlamaForCausalLM"], 0),
     ):

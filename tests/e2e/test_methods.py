@@ -247,7 +247,7 @@ REFUSALS = {
         "methods:\n  - name: smooth\n    rules:\n      - {match: 're:(', alpha: 1.0}\n",
         "`re:(` is not a regular expression",
         "recipe.yaml:9",
-        "leave out `re:`",
+        "has no `re:`",
     ),
 }
 

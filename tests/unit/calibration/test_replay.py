@@ -152,7 +152,7 @@ def test_a_missing_tensor_is_named(models, tmp_path):
 @pytest.mark.parametrize(("config", "what"), [
     ({"model_type": "nonsense"}, "cannot build this model"),
     ({"model_type": "nonsense", "auto_map": {"AutoConfig": "own.Own"}}, "comes with code of its own"),
-    ({"model_type": "llama", "hidden_size": "wide"}, "cannot build this model"),
+    ({"model_type": "llama", "hidden_size": "wide"}, "`hidden_size` should be a whole number"),
 ])  # fmt: skip
 def test_models_that_cannot_be_built(models, tmp_path, config, what):
     import json

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quantcli
+from quantcli.checkpoint.config.settings import Settings
 from quantcli.core.errors import InputError
 from quantcli.core.untrusted import patterns
 from quantcli.core.untrusted.patterns import Budget, Expression, glob_matches, globs, own
@@ -261,15 +262,13 @@ def test_the_search_for_compiled_texts_finds_them(tmp_path):
 
 
 def in_ignore():
-    groups = read_groups(
-        {"format": "int-quantized", "config_groups": {}, "ignore": ["a", f"re:{BOMB}"]}
-    )
-    GroupMatcher(groups, {NAME}).ignored(NAME)
+    block = {"format": "int-quantized", "config_groups": {}, "ignore": ["a", f"re:{BOMB}"]}
+    GroupMatcher(read_groups(Settings(block)), {NAME}).ignored(NAME)
 
 
 def in_dynamic():
     block = {"bits": 4, "group_size": 128, "desc_act": False, "sym": True, "dynamic": {f"-:{BOMB}": {}}}
-    read_config(block).kind_for_engine(NAME)
+    read_config(Settings(block)).kind_for_engine(NAME)
 
 
 def in_rule():

@@ -23,7 +23,7 @@ _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_la
 _DRAFTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")
 _SHARED_LAYERS = frozenset({"num_hidden_groups"})  # ALBERT: one stored layer is run several times
 # Lists of layers by the last part of their names; others are lists of heads, of experts and so on.
-_LISTED = re.compile(r"(?P<list>(?:.+?\.)?(?:layers?|h|blocks?))\.(?P<index>\d+)\..+")
+_LISTED = re.compile(r"(?P<list>(?:.+?\.)?(?:layers?|h|blocks?))\.(?P<index>\d+)\.(?P<rest>.+)")
 _TOWER = re.compile(r"(^|[._])(vision|visual|image|vit|audio|speech|encoder|talker|mtp)([._]|$)")
 # Embeddings have a width of their own if config.json has one of these.
 _OTHER_WIDTH = re.compile(r"word_embed_proj_dim|emb(ed|edding)?_(size|dim)")
@@ -108,8 +108,23 @@ def layer_faults(config: Settings, names: Iterable[str]) -> Iterator[str]:
     own = {name: n for name, n in lists.items() if not _TOWER.search(name)} or lists
     if own and not allowed & {*lists.values()}:
         longest = max(own, key=lambda name: own[name])
+        if own[longest] > max(counts) and not _goes_on(names, longest, max(counts)):
+            return
         number = " or ".join(map(str, sorted(counts)))
         yield f"it says {number} layers; `{longest}` has {own[longest]}"
+
+
+def _goes_on(names: list[str], listed: str, count: int) -> bool:
+    """Whether a list has, behind `count` layers, another one that is made of nothing else. Drafts have
+    modules of their own."""
+    within: set[str] = set()
+    behind: dict[int, set[str]] = defaultdict(set)
+    for name in names:
+        match = _LISTED.fullmatch(name)
+        if match and match["list"] == listed:
+            index = int(match["index"])
+            (within if index < count else behind[index]).add(match["rest"])
+    return any(parts <= within for parts in behind.values())
 
 
 # -- sides of weights ----------------------------------------------------------------------------
