@@ -43,8 +43,6 @@ INT4 = INT8 | {"num_bits": 4, "strategy": "group", "group_size": 32}
 class Sixteen(CompressedTensors):
     """The same format for an engine that holds all scales in 16 bits."""
 
-    name = "sixteen"  # type: ignore[misc]
-
     def engine_dtype(self, *_: Any) -> str:
         return "BF16"
 
