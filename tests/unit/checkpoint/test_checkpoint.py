@@ -569,12 +569,14 @@ def test_a_planted_cache_opens_no_way_out(tmp_path: Path) -> None:
     (repository / "blobs" / HASH).symlink_to(secret)
     (evil / "blobs" / "ab").mkdir(exist_ok=True)
     (evil / "blobs" / "ab" / HASH).symlink_to(secret)
-    (evil / "blobs" / "cd").symlink_to(secret.parent)
-    (secret.parent / ("cd" + HASH[2:])).write_text("secret")  # even of such a name
+    taken = {folder.name for folder in (evil / "blobs").iterdir()}  # by the model's own hashes
+    other = next(name for number in range(256) if (name := f"{number:02x}") not in taken)
+    (evil / "blobs" / other).symlink_to(secret.parent)
+    (secret.parent / (other + HASH[2:])).write_text("secret")  # even of such a name
     for target in (
         f"../../blobs/{HASH}",
         f"../../../blobs/ab/{HASH}",
-        f"../../../blobs/cd/cd{HASH[2:]}",
+        f"../../../blobs/{other}/{other}{HASH[2:]}",
         str(secret),
     ):
         (snapshot / "x").symlink_to(target)
