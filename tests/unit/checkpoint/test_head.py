@@ -11,6 +11,7 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.head import Head, generates, head_weight, lm_head, tied
 from quantcli.checkpoint.inspection import tied_embeddings
 from quantcli.checkpoint.spec import TensorSpec
+from quantcli.core.errors import InputError
 from tests.builders import make_model, tensor
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -113,3 +114,13 @@ OTHERS = [
 def test_the_weight_of_the_head(tensors, found):
     specs = [TensorSpec(name, *rest) for name, rest in tensors.items()]
     assert head_weight([*OTHERS, *specs]) == found
+
+
+@pytest.mark.parametrize("key", ["tie_word_embeddings", "is_encoder_decoder", "num_key_value_heads"])
+@pytest.mark.parametrize("level", [None, "text_config"])
+def test_what_is_read_late_has_its_type_checked_at_once(tmp_path, key, level):
+    """Else a conversion would write all weights first."""
+    config = {key: {}} if level is None else {level: {key: {}, "hidden_size": 2}}
+    path = key if level is None else f"{level}.{key}"
+    with pytest.raises(InputError, match=f"`{path}` should be "):
+        model(tmp_path, EMBEDDING, **config)

@@ -43,6 +43,9 @@ _ALLOCATED = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "d_model", "d_ff",
     "n_embd", "ffn_dim", "num_labels",
 )  # fmt: skip
+# What is otherwise read only when all weights are written.
+_LATE_FLAGS = ("tie_word_embeddings", "is_encoder_decoder")
+_LATE_SIZES = ("num_attention_heads", "num_key_value_heads", "num_kv_shared_layers")
 _HARMLESS, _FEW_LAYERS = 2**20, 1000
 _PACKED = 16  # numbers of four bits in eight bytes, the widest word of codes
 
@@ -52,11 +55,17 @@ class Contradiction(InputError):
 
 
 def contradictions(config: Settings, tensors: Iterable[TensorSpec]) -> Iterator[Contradiction]:
-    """What config.json says otherwise than the headers. InputError for a size that is not a number.
+    """What config.json says otherwise than the headers. InputError for a value of a wrong type.
 
     Codes of quantized weights are packed, so that only float weights are compared.
     """
     specs = list(tensors)
+    text = language_model(config)
+    for level in (config, text):
+        for key in _LATE_FLAGS:
+            level.flag(key)
+        for key in _LATE_SIZES:
+            level.size(key)
     for what in _too_large(config, specs):
         yield _error(config, what)
     shapes = {
@@ -64,7 +73,6 @@ def contradictions(config: Settings, tensors: Iterable[TensorSpec]) -> Iterator[
         for spec in specs
         if spec.name.endswith(".weight") and spec.dtype in FLOATS
     }
-    text = language_model(config)
     found = [*layer_faults(text, [spec.name for spec in specs]), *size_faults(text, shapes)]
     for what in found:
         yield _error(config, what)
