@@ -200,7 +200,7 @@ AGAINST = [
     row("tied, and a head stored", "dynamic", edit(CONFIG, tie_word_embeddings=True), "source",
         "`tie_word_embeddings` is True"),
     row("tied in the text model's part", "multimodal",
-        lambda copy: of_the_text(copy, tie_word_embeddings=7), "source", "text_config.tie_word_emb"),
+        lambda copy: of_the_text(copy, tie_word_embeddings=False), "source", "text_config.tie_word"),
     row("key that is null", "dynamic", lambda copy: null(copy, "sliding_window"), "source",
         "`sliding_window` is None", "no such key"),
     row("key that is gone", "dynamic", edit(CONFIG, rms_norm_eps=None), "source", "`rms_norm_eps`",
