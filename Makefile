@@ -83,13 +83,14 @@ faults: $(READY) ## 2,000 errors of system calls and 300 kills, one at a time (n
 
 MINUTES ?= 10
 
-fuzz: $(READY)  ## odd input for every reader of strangers' files, MINUTES=10 in all
+fuzz: $(READY)  ## malformed input for every reader of untrusted files, MINUTES=10 in all
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3' \
 		|| echo "atheris does not install here: inputs are changed at random"
 	@$(BIN)/python -m tests.fuzz.run --minutes $(MINUTES)
+	@$(BIN)/python -m tests.fuzz.test_types
 	@$(BIN)/python -m tests.fuzz.checkpoints
 
-# What reads a stranger's folder, and what packs: each branch has a test.
+# The code that reads untrusted folders and the code that packs: each branch has a test.
 COVERED := checkpoint/header.py,checkpoint/checkpoint.py,checkpoint/manifest.py,convert/merge.py,planning/recode.py,planning/repack.py,commands/pack.py
 COVERING := $(addprefix tests/unit/checkpoint/test_,header.py checkpoint.py folder.py manifest.py remote.py) \
 	$(addprefix tests/unit/planning/test_,recode.py repack.py) tests/unit/commands/test_pack.py \

@@ -1,7 +1,8 @@
-"""Checkpoints that a stranger changed, through every command: `python -m tests.fuzz.checkpoints -h`.
+"""Changed checkpoints go through every command: `python -m tests.fuzz.checkpoints -h`.
 
-Good checkpoints of several families and formats are made once. Of each number one file is changed, or
-two, and all commands read the result. A process that has imported everything forks for each command.
+Good checkpoints of several families and formats are made once. Each number changes one or two files of
+one of them, and all commands read the result. A process that has imported everything forks for each
+command.
 """
 
 from __future__ import annotations

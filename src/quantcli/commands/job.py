@@ -84,7 +84,7 @@ class JobOptions:
     calibration: the folder of a calibration to use or to make; None: OUT.calibration.
     part:        as in "2/3"; it goes to OUT.part-2-of-3. "nodes": each node of the cluster writes one.
     executor:    the cluster whose nodes write; None: threads of this process.
-    signer:      signs the output; None: nobody does. InputError if there are no hashes to sign.
+    signer:      signs the output; None leaves it unsigned. InputError if there are no hashes to sign.
     hash_model:  record the hashes of the model's weight files; InputError without `checksum`.
     """
 

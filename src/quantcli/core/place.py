@@ -19,7 +19,7 @@ _ANOTHER = "choose another folder: --out of `calibrate`, --calibration of `quant
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with the home of a user in place of `~` or `~user`; as it is if there is no such home."""
+    """A path with `~` or `~user` replaced by that home folder; unchanged if there is none."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path's raises RuntimeError without a home
 
 

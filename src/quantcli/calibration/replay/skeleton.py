@@ -264,7 +264,7 @@ class Skeleton:
     def _given(self, method: str) -> nn.Module | None:
         try:
             module = getattr(self.model, method)()
-        except (AttributeError, NotImplementedError):  # code of its own may leave it out
+        except (AttributeError, NotImplementedError):  # a model's own code may not define it
             return None
         return module if isinstance(module, nn.Module) else None
 
