@@ -96,6 +96,11 @@ class Predictions:
         """Mean over all predictions, in nats."""
         return float(torch.cat(self._kl).double().mean().clamp_min(0))
 
+    @property
+    def mean_abs_change(self) -> float:
+        """Mean absolute change of the log-probabilities of the text."""
+        return float((torch.cat(self._actual) - torch.cat(self._expected)).abs().double().mean())
+
     def report(self, layers: list[LayerReport], texts: Texts) -> RunReport:
         """All figures, rounded. texts: of several sequences of token ids."""
         pairs = list(zip(self._expected, self._actual, strict=True))
