@@ -24,7 +24,7 @@ class Heads:
     """The values of an attention and the projection of its output.
 
     values:   stored module; head_dim rows of its weight give the values of a kv head (and its bias).
-    rows:     the first of these rows, for each kv head: values may be a part of a matrix for q, k and v.
+    rows:     the first of these rows, for each kv head; the matrix may hold q and k as well.
     output:   stored module [.., heads x head_dim] that reads them, head after head; `heads / len(rows)`
               heads in a row read the same kv head.
     """
