@@ -37,7 +37,7 @@ SCHEMES: dict[str, list[Any]] = {
         {"name": "w8a16"},
     ],
     "gptq": [*_GROUPS, {"name": "w8a16"}],
-    "ascend": [{"name": "w4a8", "group_size": "channel"}, {"name": "w8a8_dynamic"}],
+    "ascend": [{"name": "w4a4_dynamic"}, {"name": "w8a8_dynamic"}, {"name": "w8a16"}],
 }
 
 

@@ -260,7 +260,7 @@ class _Spending:
         }
 
     def _run(self, text: Text, candidates: Sequence[Sequence[int]]) -> list[dict[str, float]]:
-        """KL, perplexity and the change of log-probabilities of each candidate on held-out text."""
+        """KL and perplexity of each candidate on held-out text."""
         from quantcli.calibration.sensitivity.arithmetic import quantizer_of
         from quantcli.calibration.sensitivity.passes import FloatModel
         from quantcli.verification.on_text.figures import Predictions
@@ -288,9 +288,10 @@ class _Spending:
                 pairs = zip(model.logits(states), text.held_out, strict=True)
                 for (expected, actual), batch in pairs:
                     sums.add(expected, actual, batch)
-                found.append(
-                    {"kl": sums.kl, "ppl_ratio": sums.ratio, "mean_abs_change": sums.mean_abs_change}
-                )
+                figures = sums.windows.figures()
+                assert figures.kl is not None
+                assert figures.ppl is not None
+                found.append({"kl": figures.kl.mean, "ppl_ratio": figures.ppl.ratio})
                 shutil.rmtree(own)
         return found
 
