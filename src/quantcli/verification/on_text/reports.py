@@ -113,7 +113,7 @@ class TraceReport:
     input_db:  SQNR of its inputs, with the errors of all modules before; None if it reads other tokens.
     output_db: with all errors, likewise. alone_db: on the other model's inputs.
     sources:   "earlier modules", "weights" and "inputs", and what clipping and rounding do in both.
-               Those of weights and clipping are left out if it cannot be told.
+               Those that are not known, as of a rotated weight, are left out.
     worst_outputs: its channels with the largest error. worst_inputs: channels of its input whose
                weights bring in the largest error. worst_tokens: those with the largest error.
     """
