@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.core.threads import one_thread
-from quantcli.verification.compare import Weight, opener, shape_of
+from quantcli.verification.compare import Weight, opener
 
 _ROWS = 256  # of a block
 _SAMPLE = 4  # times h: rows of a table that decide, spread evenly
@@ -74,7 +73,7 @@ def _blocks(before: StoredTensor, after: StoredTensor, most: int) -> Iterator[tu
             )
 
 
-def fit_head(products: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+def fit_head(products: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """The orthogonal matrix R [d, d], float64, that is nearest to turning some rows [n, d] into others.
 
     products: pairs (before, after) of rows. Source: orthogonal Procrustes, Schoenemann 1966.
@@ -91,11 +90,3 @@ def rows_of_weight(weight: Weight, start: int, count: int) -> Tensor:
     """Rows [start, start + count) of a weight, decoded: float32 [count, k]."""
     with opener(weight)() as reader:
         return reader.weight(start, count).float()
-
-
-def blocks_of(weight: Weight, count: int = _ROWS) -> Iterator[Tensor]:
-    """Row blocks of a weight, decoded, float32."""
-    with ExitStack() as stack:
-        reader = stack.enter_context(opener(weight)())
-        for start in range(0, shape_of(weight)[0], count):
-            yield reader.weight(start, count).float()
