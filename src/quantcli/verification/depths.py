@@ -95,6 +95,17 @@ def verify(
         # before the long comparison of weights: an error in the text is reported at once
         trust = options.trust_remote_code
         corpus = read_texts(text_sources(options), reference.checkpoint, progress, trust=trust)
+        engine = None
+        if options.served is not None:
+            from quantcli.calibration.text.dataset import model_limits
+            from quantcli.verification.on_text.endpoint import connect
+            from quantcli.verification.on_text.engine import Engine
+
+            endpoint = connect(options.served)
+            progress.phase(f"asking the server for its log-probabilities of {endpoint.model:.80}")
+            windows = [ids for batch in corpus.batches for ids in batch.input_ids.tolist()]
+            vocabulary = model_limits(reference.checkpoint.text_config)[1]
+            engine = Engine(endpoint, endpoint.answers(windows, progress), vocabulary)
     both = weight_files([structure.stored.checkpoint, reference.checkpoint])
     verify_against(structure, reference, Pool(task_workers, cluster, both), progress)
     if conversion is not None:
@@ -102,8 +113,16 @@ def verify(
         conversion.run(report, Pool(task_workers, cluster, (*both, *read)), progress)
     unreadable = any(error.check in {"headers", "index", "parameters"} for error in report.errors)
     if options.run and not unreadable and not _unread(structure.stored):
-        traced = options.layer or ()
-        verify_run(structure, reference, corpus, workers, progress, trust=trust, traced=traced)
+        verify_run(
+            structure,
+            reference,
+            corpus,
+            workers,
+            progress,
+            trust=trust,
+            traced=options.layer or (),
+            engine=engine,
+        )
     return report
 
 

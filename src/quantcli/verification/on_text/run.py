@@ -24,8 +24,9 @@ from quantcli.core.numerics import LATENTS
 from quantcli.targets.layouts import StoredModule
 from quantcli.verification.limits import Limits
 from quantcli.verification.on_text.corpus import Corpus
+from quantcli.verification.on_text.engine import Engine
 from quantcli.verification.on_text.figures import FINER, Outputs, Predictions, by_text
-from quantcli.verification.on_text.reports import LayerReport, RunReport
+from quantcli.verification.on_text.reports import Figures, LayerReport, RunReport, ServedReport
 from quantcli.verification.on_text.trace import Tracer
 from quantcli.verification.outcome import Report
 from quantcli.verification.reference import Reference
@@ -50,11 +51,13 @@ def verify_run(
     *,
     trust: bool = False,
     traced: Sequence[str] = (),
+    engine: Engine | None = None,
 ) -> None:
     """Run both models; findings and figures go to the report, and defaults to limits that are None.
 
     Everything around the quantized modules is computed in the checkpoint's `Served.dtype`. Memory: one
-    layer of each model; hidden states are on disk. traced: modules to trace.
+    layer of each model; hidden states are on disk. traced: modules to trace. engine: a
+    server that has answered.
     """
     report = structure.report
     assert structure.stored is not None
@@ -97,6 +100,9 @@ def verify_run(
         sums = Predictions(ahead=0 if models[0].skeleton.two_stacks else 1)
         outputs = Outputs(least)
         predicts = models[0].skeleton.predicts_text
+        if engine is not None and (not predicts or models[0].skeleton.two_stacks):
+            what = "--served compares predictions of what follows a text, and the model makes none"
+            raise InputError(what, where=str(reference.checkpoint.path), fix="leave out --served")
         progress.phase("predicting tokens" if predicts else "computing outputs")
         for expected, actual, batch, text in zip(
             models[0].logits(), models[1].logits(), corpus.batches, corpus.texts, strict=True
@@ -105,6 +111,8 @@ def verify_run(
                 report.add([_other_model("numbers of outputs", expected.shape[-1], actual.shape[-1])])
                 return
             (sums if predicts else outputs).add(expected, actual, batch, text)
+            if engine is not None:
+                engine.add(expected, actual, batch, text)
     report.count("layer outputs", len(layers))
     if ours.cache is not None:
         report.add(_cache_findings(ours.cache))
@@ -119,8 +127,12 @@ def verify_run(
     ratio = structure.limits.most("max_ppl_ratio", MAX_PPL_RATIO)
     kl = structure.limits.most("max_kl", MAX_KL)
     report.limits = report.limits.model_copy(update={"max_ppl_ratio": ratio, "max_kl": kl})
-    report.run = sums.windows.report(named, layers, traces, lambda: sums.moved(tokenizer.texts))
+    served = None if engine is None else engine.report(named)
+    report.run = sums.windows.report(named, layers, traces, served, lambda: sums.moved(tokenizer.texts))
     report.add([*_layer_findings(layers), *_findings(report.run, report, structure.limits)])
+    if served is not None:
+        report.add(_served_findings(served, report))
+        report.count("served", served.tokens)
     report.count("perplexity", report.run.tokens)
     report.count("kl", report.run.tokens)
 
@@ -230,3 +242,17 @@ def _findings(run: RunReport, report: Report, limits: Limits) -> Iterator[Findin
             what = f"mean KL divergence is {kl:.4f} nats per token, the limit is {most_kl:g}"
             hint = limits.hint("max_kl", kl.__le__)
             yield failed("kl", what, place, FINER + hint)
+
+
+def _served_findings(served: ServedReport, report: Report) -> Iterator[Finding]:
+    """Errors of texts on which a server passes a limit that the checkpoint has."""
+    most_ratio, most_kl = report.limits.max_ppl_ratio, report.limits.max_kl
+    fix = "see `run`: if the checkpoint is within the limits there, the server computes otherwise"
+    texts: list[tuple[str, Figures]] = [(f", on `{text.text}`", text) for text in served.texts]
+    for place, figures in texts if len(texts) > 1 else [("", served)]:
+        if most_ratio is not None and figures.ppl is not None and not figures.ppl.ratio <= most_ratio:
+            what = f"perplexity is {figures.ppl.ratio:.4f} times the other model's, the limit is "
+            yield failed("served", f"{what}{most_ratio:g}{place}", served.url, fix)
+        if most_kl is not None and figures.kl is not None and not figures.kl.mean <= most_kl:
+            what = f"mean KL divergence is at least {figures.kl.mean:.4f} nats per token, the limit is "
+            yield failed("served", f"{what}{most_kl:g}{place}", served.url, fix)
