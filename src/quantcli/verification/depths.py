@@ -107,7 +107,8 @@ def verify(
             vocabulary = model_limits(reference.checkpoint.text_config)[1]
             engine = Engine(endpoint, endpoint.answers(windows, progress), vocabulary)
     both = weight_files([structure.stored.checkpoint, reference.checkpoint])
-    verify_against(structure, reference, Pool(task_workers, cluster, both), progress)
+    pool = Pool(task_workers, cluster, both)
+    verify_against(structure, reference, pool, progress, trust=options.trust_remote_code)
     if conversion is not None:
         read = source_files(conversion.plan, conversion.plan.shards)
         conversion.run(report, Pool(task_workers, cluster, (*both, *read)), progress)
