@@ -87,7 +87,7 @@ def verify(
     conversion = plan_again(structure, against, options.calibration)
     if options.run:
         from quantcli.verification.on_text.corpus import read_texts, text_sources
-        from quantcli.verification.on_text.run import verify_run
+        from quantcli.verification.on_text.run import Extras, verify_run
         from quantcli.verification.on_text.trace import check_modules
 
         check_modules(structure.stored, options.layer or ())
@@ -114,16 +114,8 @@ def verify(
         conversion.run(report, Pool(task_workers, cluster, (*both, *read)), progress)
     unreadable = any(error.check in {"headers", "index", "parameters"} for error in report.errors)
     if options.run and not unreadable and not _unread(structure.stored):
-        verify_run(
-            structure,
-            reference,
-            corpus,
-            workers,
-            progress,
-            trust=trust,
-            traced=options.layer or (),
-            engine=engine,
-        )
+        extras = Extras(options.layer or (), engine, trust)
+        verify_run(structure, reference, corpus, workers, progress, extras)
     return report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,24 +43,33 @@ LEAST_WITH_FP4_INPUTS = 5.0
 _FULL = "verify with --full, which names numbers that are not finite"
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a run does next to the comparison.
+
+    traced: modules to trace. engine: a server that has answered. trust: whether the model's code may
+            run.
+    """
+
+    traced: Sequence[str] = ()
+    engine: Engine | None = None
+    trust: bool = False
+
+
 def verify_run(
     structure: Structure,
     reference: Reference,
     corpus: Corpus,
     workers: int,
     progress: Progress,
-    *,
-    trust: bool = False,
-    traced: Sequence[str] = (),
-    engine: Engine | None = None,
+    extras: Extras,
 ) -> None:
     """Run both models; findings and figures go to the report, and defaults to limits that are None.
 
     Everything around the quantized modules is computed in the checkpoint's `Served.dtype`. Memory: one
-    layer of each model; hidden states are on disk. traced: modules to trace. engine: a
-    server that has answered.
+    layer of each model; hidden states are on disk.
     """
-    report = structure.report
+    report, engine, trust = structure.report, extras.engine, extras.trust
     assert structure.stored is not None
     assert structure.target is not None
     report.depths.append("run")
@@ -93,7 +103,7 @@ def verify_run(
         least = _least_sqnr(structure.stored.modules.values())
         tokenizer = tokenizer_of(reference.checkpoint.path, trust_remote_code=trust)
         tracer = Tracer(ours, reference, corpus, tokenizer.texts)
-        tracer.find(traced, models[1])
+        tracer.find(extras.traced, models[1])
         layers = _layers(report, models[0], models[1], least, progress, tracer)
         if layers is None:
             return
