@@ -125,7 +125,7 @@ class Verifying(TypedDict, total=False):
     against: PathLike | None
     calibration: PathLike | None
     run: bool
-    data: PathLike | None
+    data: PathLike | Sequence[PathLike] | None
     samples: int
     length: int
     tp: str
@@ -134,6 +134,7 @@ class Verifying(TypedDict, total=False):
     max_ppl_ratio: float | None
     max_kl: float | None
     baseline: PathLike | None
+    not_worse: bool
     card: bool
     junit: PathLike | None
     report: PathLike | None
@@ -274,7 +275,12 @@ def verify_options(checkpoints: Sequence[PathLike], options: Mapping[str, Any]) 
 
 
 def _as_field(value: Any, hint: Any) -> Any:
-    """A path as a field has it: as Path or as text."""
+    """A path as a field has it: as Path or as text; one or several of them as a list of texts."""
+    if list[str] in get_args(hint) and value is not None:
+        several = [value] if isinstance(value, str | os.PathLike) else value
+        for each in several:
+            check("data", each, PathLike)
+        return [*map(str, several)]
     if isinstance(value, str | os.PathLike):
         return Path(value) if Path in get_args(hint) else str(value)
     return value
