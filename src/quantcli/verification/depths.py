@@ -88,6 +88,9 @@ def verify(
     if options.run:
         from quantcli.verification.on_text.corpus import read_texts, text_sources
         from quantcli.verification.on_text.run import verify_run
+        from quantcli.verification.on_text.trace import check_modules
+
+        check_modules(structure.stored, options.layer or ())
 
         # before the long comparison of weights: an error in the text is reported at once
         trust = options.trust_remote_code
@@ -99,7 +102,8 @@ def verify(
         conversion.run(report, Pool(task_workers, cluster, (*both, *read)), progress)
     unreadable = any(error.check in {"headers", "index", "parameters"} for error in report.errors)
     if options.run and not unreadable and not _unread(structure.stored):
-        verify_run(structure, reference, corpus, workers, progress, trust=trust)
+        traced = options.layer or ()
+        verify_run(structure, reference, corpus, workers, progress, trust=trust, traced=traced)
     return report
 
 
