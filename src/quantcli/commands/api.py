@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from quantcli.core.events import Progress
     from quantcli.planning.plan import Plan
 
+# of a plan, whose options have none: only a budget computes before there is a plan
+_USUAL_RESOURCES = {"device": "cpu", "max_memory": None, "trust_remote_code": False}
+
 Recipe = PathLike | Mapping[str, Any]
 Model = PathLike | LiveModel
 ExampleInputs = Iterable[Any] | Mapping[str, Any] | None
@@ -184,7 +187,8 @@ def _plan(
     recipe: Recipe, given: _Given, out: PathLike | None, options: Mapping[str, Any]
 ) -> PlannedJob[Plan]:
     from quantcli.commands import quantize as commands
-    from quantcli.commands.recommend import choose
+    from quantcli.commands.budget.spending import has_budget, spend
+    from quantcli.commands.recommend import Chosen, choose
 
     chosen = choose(
         recipe if isinstance(recipe, Mapping) else str(recipe),
@@ -194,10 +198,25 @@ def _plan(
         with_data=given.examples is not None or options["calibration"] is not None,
         progress=given.progress,
     )
+    model, place = given.model, place_of(out)
+    if has_budget(chosen.recipe, chosen.overrides):
+        if given.examples is not None or not isinstance(model, str | None):
+            what = "a budget is spent on a model and a text that are files"
+            raise InputError(what, where="recipe", fix="save the model; name the text as `data`")
+        spent = spend(
+            chosen.recipe,
+            model=model,
+            out=None if place is None else str(place),
+            overrides=chosen.overrides,
+            resources=resources_of({**_USUAL_RESOURCES, **options}),
+            calibration=path_of(options["calibration"]),
+            progress=given.progress,
+        )
+        chosen, model, place = Chosen(spent.recipe, ()), spent.model, spent.out
     return commands.plan(
         chosen.recipe,
-        model=given.model,
-        out=place_of(out),
+        model=model,
+        out=place,
         overrides=chosen.overrides,
         options=JobOptions(
             options["workers"],

@@ -118,6 +118,14 @@ def _limit(written: WrittenRecipe, units: Units) -> float | None:
     return None
 
 
+def _sizes(written: WrittenRecipe, units: Units) -> list[tuple[int | None, ...]]:
+    """What a limit counts of each unit and option: for `output_gib` bytes on disk, else packed."""
+    budget = written.file.budget
+    assert budget is not None
+    on_disk = budget.output_gib is not None
+    return [unit.nbytes if on_disk else unit.packed for unit in units.units]
+
+
 def _check_possible(written: WrittenRecipe, units: Units) -> None:
     """InputError for a budget of bytes that not even the smallest schemes keep."""
     if not units.units:
@@ -127,7 +135,8 @@ def _check_possible(written: WrittenRecipe, units: Units) -> None:
             fix="name other schemes in the budget, or other modules in its rules",
         )
     limit = _limit(written, units)
-    least = sum(min(nbytes for nbytes in unit.nbytes if nbytes is not None) for unit in units.units)
+    sizes = _sizes(written, units)
+    least = sum(min(nbytes for nbytes in own if nbytes is not None) for own in sizes)
     if limit is None or least <= limit:
         return
     budget = written.file.budget
@@ -169,11 +178,12 @@ class _Spending:
         ]
         unseen = [u.name for u in units.units if not any(module in errors for module in u.modules)]
         # the most bytes that they may take: nothing says how much less would cost
-        self._nbytes = [
-            tuple(n if o in {kept, _largest(unit.nbytes)} else None for o, n in enumerate(unit.nbytes))
+        self._sizes = _sizes(written, units)
+        self._allowed = [
+            tuple(n if o in {kept, _largest(own)} else None for o, n in enumerate(own))
             if unit.name in unseen
-            else unit.nbytes
-            for unit in units.units
+            else own
+            for unit, own in zip(units.units, self._sizes, strict=True)
         ]
         if unseen:
             progress.say(
@@ -190,7 +200,7 @@ class _Spending:
         if limit is None:
             assert budget.max_ppl_ratio is not None
             return self._by_perplexity(budget.max_ppl_ratio)
-        choice = self._allocated(self._nbytes, limit)
+        choice = self._allocated(self._allowed, limit)
         rivals = self._rivals(limit)
         return self._report(*self._confirmed([choice, *rivals]))
 
@@ -199,14 +209,19 @@ class _Spending:
 
         choice = allocate(self._errors, nbytes, limit)
         if choice is None:  # what no token reached may not be small
-            choice = allocate(self._errors, [unit.nbytes for unit in self._units.units], limit)
+            choice = allocate(self._errors, self._sizes, limit)
         assert choice is not None
         return choice
 
     def _rivals(self, limit: float) -> list[list[int]]:
         """Each option for all units, if it keeps the limit; the best may be the answer."""
         uniform = filter(None, map(self._units.uniform, range(len(self._units.options))))
-        return [choice for choice in uniform if self._units.nbytes(choice) <= limit]
+        return [choice for choice in uniform if self._size(choice) <= limit]
+
+    def _size(self, choice: Sequence[int]) -> int:
+        """What a limit counts of a choice."""
+        sizes = (own[option] or 0 for own, option in zip(self._sizes, choice, strict=True))
+        return sum(sizes)
 
     def _predicted(self, choice: Sequence[int]) -> float:
         return math.fsum(self._errors[unit][option] for unit, option in enumerate(choice))
@@ -217,7 +232,7 @@ class _Spending:
 
         allowed = math.log(most)
         for _ in range(_TRIES):
-            choice = allocate(self._nbytes, self._errors, allowed)
+            choice = allocate(self._allowed, self._errors, allowed)
             assert choice is not None  # floats have no error
             chosen, figures = self._confirmed([choice])
             ratio = figures[0]["ppl_ratio"]
@@ -300,6 +315,11 @@ class _Spending:
         return {
             "choice": choice,
             "options": [option.name for option in options],
+            "uniform_bits": {
+                option.name: round(units.bits(same), 6)
+                for place, option in enumerate(options)
+                if (same := units.uniform(place)) is not None
+            },
             "on_text": self._text is not None,
             "bits": round(units.bits(choice), 6),
             "bytes": units.nbytes(choice),
@@ -323,14 +343,13 @@ class _Spending:
 
     def _curve(self) -> list[dict[str, float]]:
         """Bits and predicted errors of the best choices, from the smallest to float."""
-        all_nbytes = [unit.nbytes for unit in self._units.units]
-        ends = [[n for n in nbytes if n is not None] for nbytes in all_nbytes]
+        ends = [[n for n in own if n is not None] for own in self._sizes]
         least, most = sum(map(min, ends)), sum(map(max, ends))
         points = []
         for step in range(_POINTS):
             # closer together where bytes are few: that is where errors are
             limit = least + (most - least) * (step / (_POINTS - 1)) ** 2
-            choice = self._allocated(all_nbytes, limit)
+            choice = self._allocated(self._sizes, limit)
             bits, error = self._units.bits(choice), self._predicted(choice)
             points.append({"bits": round(bits, 6), "predicted": error})
         return points
