@@ -1,4 +1,4 @@
-"""AWQ: the function stays, scales protect what large inputs multiply, and what has no tokens is said."""
+"""AWQ: the function stays, scales protect what large inputs multiply, what has no tokens is named."""
 
 import re
 
@@ -64,7 +64,9 @@ def outputs(run, index, layer_run=None):
     return torch.cat([found[number].flatten() for number in sorted(found)])
 
 
-@pytest.mark.parametrize("methods", [[Awq(ratios=4)], [Smoothing(), Awq(ratios=4)]], ids=["alone", "smoothed"])
+@pytest.mark.parametrize(
+    "methods", [[Awq(ratios=4)], [Smoothing(), Awq(ratios=4)]], ids=["alone", "smoothed"]
+)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "deepseek_v3"])
 def test_the_function_stays(tmp_path, family, methods):
     """Float32 outputs of the layer before and after, relative to their size: below 1e-5."""
