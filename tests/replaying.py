@@ -56,9 +56,18 @@ class Replayed:
     """A model's layers run over batches, from disk."""
 
     def __init__(
-        self, path: Path, batches, *, dtype="BF16", workers=2, read=read_tensor, next_token=False
+        self,
+        path: Path,
+        batches,
+        *,
+        dtype="BF16",
+        workers=2,
+        read=read_tensor,
+        next_token=False,
+        changed=lambda checkpoint: checkpoint,
     ):
-        checkpoint = decoded(open_checkpoint(path))
+        """changed: gives the checkpoint with other tensors."""
+        checkpoint = changed(decoded(open_checkpoint(path)))
         layer = next_token_layer(checkpoint) if next_token else None
         self.skeleton = Skeleton(checkpoint, dtype, trust_remote_code=False, next_token=layer)
         self.replay = Replay(self.skeleton, batches, device=CPU, workers=workers, read=read)

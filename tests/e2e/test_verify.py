@@ -20,7 +20,7 @@ from quantcli.calibration.replay.served import Served, log_probs
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
 from quantcli.core.events import SILENT
-from quantcli.verification.on_text.run import text_batches, text_source
+from quantcli.verification.on_text.corpus import read_texts, text_sources
 from quantcli.verification.options import VerifyOptions
 from tests.e2e.conftest import Result, run_cli
 from tests.hub_cache import COMMIT, cache_model
@@ -87,9 +87,9 @@ def test_run_is_what_the_two_models_say(dynamic: Path) -> None:
     found = done.json["run"]
     model = open_checkpoint(MODEL)
     options = VerifyOptions(
-        dynamic, against=str(MODEL), run=True, data=str(TEXT), samples=4, length=128
+        dynamic, against=str(MODEL), run=True, data=[str(TEXT)], samples=4, length=128
     )
-    batches = text_batches(text_source(options), model, SILENT)
+    batches = read_texts(text_sources(options), model, SILENT).batches
     base = torch.cat(log_probs(model, batches)).double()
     made = torch.cat(log_probs(Served.open(dynamic), batches)).double()
     assert found["tokens"] == base.numel() == 4 * 127

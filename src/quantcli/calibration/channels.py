@@ -36,6 +36,7 @@ class Producer:
     used: Tensor  # bool [channels]: those that a reader reads
     norm: str | None = None  # a module
     matrix: Matrix | None = None
+    head_width: int = 0  # of values of attention, that reach the readers as they are; else 0
 
     @property
     def name(self) -> str:
@@ -100,7 +101,9 @@ class LayerLayout:
                 for reader in readers:
                     used[reader.channels] = True
                 if bool(used.any()) and not bool((used & source.escaped).any()):
-                    yield Producer(readers, used, matrix=Matrix(name, expert))
+                    gated = any(bool(used[channel]) for channel in source.gated)
+                    width = 0 if gated else source.width
+                    yield Producer(readers, used, matrix=Matrix(name, expert), head_width=width)
 
     def rounded_again(self, producer: Producer, quantized: Collection[str]) -> bool:
         """Whether matrices that stay float are changed if a producer's channels are scaled."""

@@ -58,6 +58,8 @@ class ChannelSource:
     name: str  # a module of the layer with a norm's weight, or a matrix's parameter
     experts: bool  # a row of each expert
     escaped: Tensor  # bool [channels]
+    width: int = 0  # of the heads in which attention has mixed the channels' tokens
+    gated: set[int] = field(default_factory=set)  # channels that are multiplied by numbers of their own
     readers: dict[str, Tensor] = field(default_factory=dict)  # parameter -> channel of each column
 
 
@@ -119,6 +121,14 @@ class Flow(Tap):
             return result  # no values are read: a question for shape, dtype, device
         shadows = [(tensor, shadow) for tensor in tracked if (shadow := self._get(tensor))]
         sources = [entry for entry in shadows if entry[1].source is not None]
+        if name in _ATTENTION:  # queries and keys are compared; the output has channels of values
+            value = kwargs["value"] if "value" in kwargs else args[2]
+            for tensor, _ in sources:
+                if tensor is not value:
+                    self._escape(tensor)
+            shadows = sources = [entry for entry in sources if entry[0] is value]
+            if not sources:
+                return result
         first, shadow = (sources or shadows)[0]
         if len(sources) < 2 and self._follow(name, first, shadow, args, kwargs, result):
             return result
@@ -150,6 +160,10 @@ class Flow(Tap):
         if name in _SCALED and isinstance(result, Tensor):
             if name.endswith(("div", "truediv__", "divide")) and args[0] is not x:
                 return False
+            if shadow.source is not None and any(
+                value is not x and value.dim() and value.shape[-1] != 1 for value in _tensors(args)
+            ):
+                shadow.source.gated |= set((elements % _TOKEN).flatten().tolist())
             self._set(result, _Shadow(elements.expand(result.shape), shadow.source))
             return True
         mixes = (name in _MATMUL and args[1] is x) or (
@@ -167,6 +181,8 @@ class Flow(Tap):
         one = channels[..., :1, :]
         if one.dim() == 4 and result.dim() == 4 and one.shape[1] != result.shape[1]:
             one = one.repeat_interleave(result.shape[1] // one.shape[1], 1)  # grouped-query heads
+        if shadow.source is not None:
+            shadow.source.width = result.shape[-1]
         self._set(result, _Shadow(one.expand(result.shape), shadow.source))
         return True
 

@@ -30,8 +30,18 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
         out.line(f"size         {size_text(words.total_bytes(report))}: {_sizes(sizes)}")
     for what, value in words.run_facts(report):
         out.line(f"{what:<13}{value}" if len(what) < 13 else f"{what} {value}")
+    if texts := words.text_rows(report):
+        out.line()
+        for text in texts:
+            out.line(f"text         {text.pop('text')}")
+            for what, value in text.items():
+                out.line(f"  {what:<34}{value}")
+        out.line()
     _layers(out, (report.get("run") or {}).get("layers") or [])
+    for trace in (report.get("run") or {}).get("traces") or []:
+        _trace(out, trace)
     _change(out, report.get("baseline"))
+    _compared(out, report)
     notes = words.spread(words.notes(report))
     for note in notes[:_FINDINGS]:
         where = f" ({note['where']})" if note.get("where") else ""
@@ -57,6 +67,11 @@ def show_several(out: Output, document: dict[str, Any]) -> None:
         out.line(verdict(report), FAILED if words.is_failed(report) else OK)
     out.line()
     out.table([*COLUMNS], rows(reports), RIGHT)
+    for name, report in zip(words.short_names(reports), reports, strict=True):
+        if report.get("compared") is not None:
+            out.line()
+            out.line(f"{words.literal(name)}:")
+            _compared(out, report)
 
 
 def verdict(report: dict[str, Any]) -> str:
@@ -139,6 +154,17 @@ def _change(out: Output, change: dict[str, Any] | None) -> None:
     out.line()
 
 
+def _compared(out: Output, report: dict[str, Any]) -> None:
+    """The comparison window by window with another checkpoint."""
+    columns = [*words.COMPARED_COLUMNS]
+    for other, comparison in words.comparison_texts(report):
+        out.line(f"next to {words.literal(other)}: {comparison['verdict']}")
+        out.table(columns, words.comparison_rows(comparison["figures"]), {*columns[1:-1]})
+        for text in comparison["texts"]:
+            out.line(f"on {words.literal(text['text'])}: {text['verdict']}")
+        out.line()
+
+
 def _sizes(sizes: list[dict[str, Any]]) -> str:
     """W8A8_DYNAMIC 4.8 MB (8.2 bits per weight), FLOAT 4.2 MB."""
     texts = []
@@ -156,6 +182,15 @@ def _layers(out: Output, layers: list[dict[str, Any]]) -> None:
     failed = sum(not words.is_ok(layer) for layer in layers)
     counted = f"; {failed} of {count(layers, 'layer')} FAILED" if failed else ""
     out.line(f"layer output {words.decibels(worst.get('sqnr_db'))} at worst, {worst['layer']}{counted}")
+
+
+def _trace(out: Output, trace: dict[str, Any]) -> None:
+    """One module: what comes in, what goes out, and the sources of its error."""
+    out.line()
+    out.line(f"module       {words.literal(trace['module'])}")
+    for what, value in words.trace_facts(trace):
+        out.line(f"  {what:<34}{value}")
+    out.line()
 
 
 def _checks(out: Output, report: dict[str, Any]) -> None:

@@ -367,12 +367,14 @@ def verify(
     full:        read every byte: hashes, NaN, ranges.
     against:     the float model, or another quantized one, to compare with.
     calibration: the folder of the calibration: numbers that follow from it are computed again.
-    run, data:   run both models on a text file, as the engine computes; needs `against`.
-    samples, length: windows of that text, and tokens of each.
+    run, data:   run both models on a text file, or several, as the engine computes; needs `against`.
+    samples, length: windows of each text, and tokens of each window.
+    layer:       a module to trace on the text, or several: where its error comes from.
     tp:          tensor parallel sizes to serve with, as in "1,2,4".
     recipe:      a recipe, whose `verify` block sets limits.
     min_sqnr, max_ppl_ratio, max_kl: limits: dB, a ratio, nats per token.
     baseline:    a JSON report of before, to show the change against it.
+    not_worse:   fail if the KL divergence is worse than that of the first checkpoint, or the baseline.
     junit, report: files to write: JUnit XML, and one HTML page.
     on_progress, workers, executor, trust_remote_code: as of `quantize`; `run` computes on this machine.
 

@@ -372,6 +372,7 @@ class Verification(Result):
     made_by:  "tool" and "recipe", as the checkpoint says.
     sizes:    "label", "modules", "weights", "bytes" of each type of weights.
     baseline: the change against an earlier report; None if none was given.
+    compared: the change against the first of several checkpoints, window by window; None for that one.
     run:      perplexity, KL divergence and layers, if both models ran on text.
     serve:    "engine", "command" and "note" of each engine that serves it.
     card_written: whether the model card has the figures; None without `card`.
@@ -391,6 +392,7 @@ class Verification(Result):
     sizes: list[Row]
     tensors: Row | None
     run: Row | None
+    compared: Row | None
     not_checked: list[str]
     serve: list[Row]
     baseline: Row | None

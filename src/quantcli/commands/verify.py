@@ -18,6 +18,7 @@ from quantcli.verification.options import VerifyOptions
 
 if TYPE_CHECKING:  # pydantic is slow to load
     from quantcli.core.cluster.cluster import Cluster
+    from quantcli.verification.outcome import Report
     from quantcli.verification.report.baseline import Baseline
 
 
@@ -61,14 +62,16 @@ def run(
                 what = "would become part of the checkpoint that is verified"
                 raise InputError(what, where=f"{option} {file}", fix="give a file outside of it")
     earlier = _earlier(options.baseline, folders)
-    reports = []
+    reports: list[dict[str, Any]] = []
     calibrations = calibrations or [options.calibration] * len(folders)
     alike = any(own is not None for own in calibrations)
     with _cluster(options, progress, alike=alike) as cluster:
         for folder, name, own in zip(folders, options.checkpoints, calibrations, strict=True):
             progress.say(f"verifying {name}: {', '.join(options.depths)}")
-            one = replace(options, checkpoint=folder, others=None, calibration=own)
-            report = _verify(one, earlier, progress, cluster)
+            one = replace(options, checkpoint=folder, others=None, calibration=own, not_worse=False)
+            found = _verify(one, earlier, progress, cluster)
+            _compare(found, reports[0] if reports else None, not_worse=options.not_worse)
+            report = found.to_json()
             report["card_written"] = _write_card(folder, report, given) if options.card else None
             reports.append(report)
     _write(options, reports)
@@ -134,16 +137,35 @@ def _cluster(options: VerifyOptions, progress: Progress, *, alike: bool) -> Iter
 
 def _verify(
     options: VerifyOptions, baseline: Baseline | None, progress: Progress, cluster: Cluster | None
-) -> dict[str, Any]:
+) -> Report:
     from quantcli.verification.depths import verify
 
-    report = verify(options, progress, cluster).to_json()
-    report["baseline"] = None
+    report = verify(options, progress, cluster)
     if baseline is not None:
         from quantcli.verification.report.baseline import compare
 
-        report["baseline"] = compare(report, baseline, named(str(options.checkpoint)))
+        report.baseline = compare(report.to_json(), baseline, named(str(options.checkpoint)))
     return report
+
+
+def _compare(report: Report, first: dict[str, Any] | None, *, not_worse: bool) -> None:
+    """Compare a run with that of the first checkpoint. first: its report; None: this is the first.
+
+    not_worse: a worse run is an error, also one that is worse than the baseline.
+    """
+    if report.run is None:
+        return
+    from quantcli.verification.on_text.paired import CHECK, check_not_worse, compare_runs
+
+    change = report.baseline
+    others = [] if change is None else [(change["checkpoint"], change["paired"])]
+    if first is not None and first["run"] is not None:
+        compared = compare_runs(first["run"], report.to_json()["run"])
+        report.compared = compared and {"checkpoint": first["checkpoint"], **compared}
+        others.append((first["checkpoint"], compared))
+    for other, comparison in others if not_worse else ():
+        report.add(check_not_worse(comparison, other))
+        report.count(CHECK, 1)
 
 
 def _write(options: VerifyOptions, reports: list[dict[str, Any]]) -> None:

@@ -68,7 +68,8 @@ def _check_hub_id(value: Any) -> str:
     return match["repository"]
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
+    """A text as a list of it; any other value as it is."""
     return [value] if isinstance(value, str) else value
 
 
@@ -99,12 +100,12 @@ Limit = Annotated[str, BeforeValidator(_check_limit)]
 HubId = Annotated[str, BeforeValidator(_check_hub_id)]
 Match = Annotated[
     list[str],
-    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
+    BeforeValidator(listed, json_schema_input_type=str | list[str]),
     Field(min_length=1, description='globs over full module names, or "re:REGEX"'),
 ]
 Roles = Annotated[
     list[Role],
-    BeforeValidator(_listed, json_schema_input_type=Role | list[Role]),
+    BeforeValidator(listed, json_schema_input_type=Role | list[Role]),
     Field(min_length=1),
 ]
 Size = Annotated[

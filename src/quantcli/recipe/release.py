@@ -20,7 +20,7 @@ from quantcli.core.errors import InputError, one_of
 from quantcli.core.place import expanded
 from quantcli.core.untrusted.yaml_text import write_value
 from quantcli.recipe.document import Assignment, Document, document_of, load_document
-from quantcli.recipe.fields import Block, Calibration, FileVersion, Verify
+from quantcli.recipe.fields import Block, Calibration, FileVersion, Verify, listed
 from quantcli.recipe.shipped import shipped_recipes
 from quantcli.recipe.written import explain
 
@@ -76,8 +76,15 @@ class ReleaseVerify(Verify):
         str | bool, BeforeValidator(_check_reference, json_schema_input_type=bool | str)
     ] = Field(False, description="true: compare with the model; or with another one")
     run: bool = Field(False, description="run both on `data`, as the engine computes")
-    data: str | None = Field(None, description="text for `run`")
-    samples: Annotated[int, Field(gt=0, le=2**20)] = Field(32, description="windows of that text")
+    data: (
+        Annotated[
+            list[str],
+            BeforeValidator(listed, json_schema_input_type=str | list[str]),
+            Field(min_length=1),
+        ]
+        | None
+    ) = Field(None, description="text for `run`, or a list of texts; limits hold for each")
+    samples: Annotated[int, Field(gt=0, le=2**20)] = Field(32, description="windows of each text")
     length: Annotated[int, Field(gt=1, le=2**20)] = Field(256, description="tokens of each window")
     tp: Annotated[
         str, BeforeValidator(_number_as_text, json_schema_input_type=str | Annotated[int, Field(ge=1)])

@@ -39,6 +39,7 @@ from quantcli.verification.edits import (
     choose,
     fit,
     hidden_columns,
+    text_of,
 )
 from quantcli.verification.limits import Limits
 from quantcli.verification.outcome import CONVERT, ModuleReport, TensorCounts
@@ -265,7 +266,7 @@ class _Layer:
             outlier_channels=comparison.outlier_channels,
             histogram=comparison.histogram,
             limit_db=limit,
-            edited=_text_of(factors) if factors else None,
+            edited=text_of(factors) if factors else None,
             codes_differ=codes_differ,
             scale_ratio=scale_ratio,
         )
@@ -308,16 +309,6 @@ def _vectors(
         if not torch.allclose(after.float(), before.float() * factors, rtol=2.0**-6, atol=1e-30):
             what = "changed in another way than the weight of its module"
             yield failed("edits", what, f"`{name}`", CONVERT)
-
-
-def _text_of(factors: FittedFactors) -> str:
-    """The rows and columns that were multiplied, and the range of their factors."""
-    texts = []
-    for axis, values in (("rows", factors.rows), ("columns", factors.columns)):
-        some = values[values != 1]
-        if len(some):
-            texts.append(f"{len(some)} {axis} x {float(some.min()):.4g}..{float(some.max()):.4g}")
-    return ", ".join(texts)
 
 
 _DAMAGE = "this is damage, not rounding: copy the checkpoint again, or convert the model again"

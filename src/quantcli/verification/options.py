@@ -47,9 +47,16 @@ class VerifyOptions:
         "Calibration that `quantize` kept: numbers that follow from it are recomputed.", metavar="DIR"
     )
     run: bool = _option("Run both on --data, as the engine computes; needs --against.", False)
-    data: str | None = _option("Text for --run.", metavar="FILE")
-    samples: int = _option("Windows of text for --run.", 32, min=1)
+    data: list[str] | None = _option(  # noqa: RUF009
+        "Text for --run; may be given several times.", metavar="FILE"
+    )
+    samples: int = _option("Windows of each text.", 32, min=1)
     length: int = _option("Tokens of each window.", 256, min=2)
+    layer: list[str] | None = _option(  # noqa: RUF009
+        "Trace a module on the text: its input, its output, and where the error comes from. May be "
+        "given several times.",
+        metavar="MODULE",
+    )
     tp: str = _option("Tensor parallel sizes to serve with, as in 1,2,4,8.", "1", metavar="SIZES")
     recipe: str | None = _option("Your recipe: its `verify` block sets limits.", metavar="FILE")
     min_sqnr: float | None = _option("Least SQNR of each weight, dB.")
@@ -57,6 +64,9 @@ class VerifyOptions:
     max_kl: float | None = _option("Largest mean KL divergence, nats per token.")
     baseline: Path | None = _option(  # noqa: RUF009
         "Also show the change against an earlier report: what --json printed.", metavar="OLD.json"
+    )
+    not_worse: bool = _option(
+        "Fail if the KL divergence is worse than that of the first checkpoint, or of --baseline.", False
     )
     card: bool = _option(
         "If it passes, write the figures into the checkpoint's own README.md and manifest.", False
@@ -85,10 +95,14 @@ class VerifyOptions:
         if self.run and self.against is None:
             what = "--run compares two models, and there is one"
             raise InputError(what, fix="give the float one: --against MODEL")
-        if self.run and self.data is None:
+        if self.run and not self.data:
             raise InputError("--run needs text", fix="give --data FILE: text, or jsonl with `text`")
+        if self.not_worse and not (self.run and (self.others or self.baseline)):
+            what = "--not-worse compares runs on text, and there is one"
+            raise InputError(what, fix="add --run, and another checkpoint or --baseline OLD.json")
+        of_run = {"--data": self.data or None, "--layer": self.layer or None}
         with_against = {"--recipe": self.recipe, "--calibration": self.calibration}
-        for option, value in {"--data": self.data, **with_against, **limits}.items():
+        for option, value in {**of_run, **with_against, **limits}.items():
             with_run = option != "--min-sqnr" and option not in with_against
             other = "--run" if with_run else "--against MODEL"
             if value is not None and not (self.run if with_run else self.against is not None):

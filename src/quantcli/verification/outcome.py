@@ -11,6 +11,7 @@ from quantcli import __version__
 from quantcli.core.findings import Finding, noted
 from quantcli.recipe.fields import Verify
 from quantcli.targets.serving import ServeCommand
+from quantcli.verification.on_text.reports import RunReport
 
 Depth = Literal["structure", "identity", "full", "against", "run"]
 CONVERT = "convert the model again"
@@ -47,6 +48,7 @@ CHECKS: dict[str, tuple[Depth, str]] = {
     "outputs": ("run", "the outputs of a model that predicts no text are near to the other model's"),
     "perplexity": ("run", "perplexity on the text has not grown beyond the limit"),
     "kl": ("run", "predictions have not moved beyond the limit"),
+    "not worse": ("run", "it is not worse than the first checkpoint, or than the baseline"),
 }  # fmt: skip
 
 
@@ -142,86 +144,6 @@ class TensorCounts:
         self.quantized += other.quantized
 
 
-@dataclass(frozen=True)
-class LayerReport:
-    """A layer's outputs compared with the other model's: SQNR on the same inputs, and on its own."""
-
-    layer: str
-    sqnr_db: float
-    cumulative_db: float
-    limit_db: float
-    ok: bool
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """Perplexity of the other model, and of the checkpoint."""
-
-    reference: float
-    checkpoint: float
-
-
-@dataclass(frozen=True)
-class PerplexityRatio(Perplexity):
-    """Both perplexities, and the checkpoint's over the other model's.
-
-    interval: of the ratio, 95 %, by a bootstrap over windows; None if there is one window.
-    """
-
-    ratio: float
-    interval: list[float] | None
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """KL divergence of predictions, nats per token. interval: of the mean, as that of perplexity."""
-
-    mean: float
-    max: float
-    interval: list[float] | None
-
-
-@dataclass(frozen=True)
-class TokenReport:
-    """A token of the text whose log-probability moved.
-
-    window, position: its place. before, after: the text around it.
-    reference, checkpoint: its probability in the other model and in the checkpoint.
-    change: of its log-probability, in nats.
-    """
-
-    window: int
-    position: int
-    token: str
-    before: str
-    after: str
-    reference: float
-    checkpoint: float
-    change: float
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """Both models on text; windows are the pieces of it that ran.
-
-    change_interval: of the mean change of a log-probability, as that of perplexity.
-    moved_tokens: those whose log-probability moved most, largest change first.
-    outputs_db: SQNR of what the models put out, such as logits of classes, if they predict no text; the
-                figures of predictions are None then.
-    """
-
-    tokens: int
-    ppl: PerplexityRatio | None
-    kl: Divergence | None
-    top1_agreement: float | None
-    mean_abs_logprob_change: float | None
-    windows: list[Perplexity]
-    layers: list[LayerReport]
-    change_interval: list[float] | None = None
-    moved_tokens: list[TokenReport] = field(default_factory=list)
-    outputs_db: float | None = None
-
-
 @dataclass
 class Report:
     """The outcome of a verification. `to_json` gives its fields as they are documented for --json."""
@@ -239,6 +161,8 @@ class Report:
     sizes: list[SizeReport] = field(default_factory=list)
     tensors: TensorCounts | None = None
     run: RunReport | None = None
+    compared: dict[str, Any] | None = None  # with the first of several checkpoints
+    baseline: dict[str, Any] | None = None  # the change against an earlier report
     not_checked: list[str] = field(
         default_factory=list
     )  # things that a depth which ran left out, and why
@@ -305,6 +229,8 @@ class Report:
             "sizes": [asdict(size) for size in self.sizes],
             "tensors": self.tensors and asdict(self.tensors),
             "run": self.run and asdict(self.run),
+            "compared": self.compared,
+            "baseline": self.baseline,
             "not_checked": list(self.not_checked),
             "serve": [command.to_json() for command in self.serve],
         }

@@ -37,16 +37,14 @@ EXPECTED = {
     "granitemoe": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
     "aria_text": {*ATTENTION, "post_attention_layernorm", "gate_up_proj", "up_proj"},
     "granitemoe_swa": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
-    "llama4_text": {"input_layernorm", "post_attention_layernorm", "gate_up_proj", "up_proj"},
+    "llama4_text": {*ATTENTION, "post_attention_layernorm", "gate_up_proj", "up_proj"},
     "gemma4_text": {"input_layernorm", "pre_feedforward_layernorm", "pre_feedforward_layernorm_2",
                     "gate_up_proj", "up_proj"},
     "qwen3_vl_moe": {*ATTENTION, "post_attention_layernorm", "gate_up_proj"},
     "qwen3_5_moe": {*ATTENTION, "post_attention_layernorm", "gate_up_proj", "up_proj"},
     "step3p7": {*ATTENTION, "post_attention_layernorm"},  # gate and up are clamped
     "granitemoeshared": {*ATTENTION, "post_attention_layernorm", "gate_up_proj", "input_linear"},
-    # without rotary embeddings q, k and v come to attention as they are, which is not told apart
-    "granitemoehybrid": {"input_layernorm", "post_attention_layernorm", "gate_up_proj",
-                         "input_linear"},
+    "granitemoehybrid": {*ATTENTION, "post_attention_layernorm", "gate_up_proj", "input_linear"},
     "deepseek_v3": {"input_layernorm", "q_a_layernorm", "kv_a_layernorm", "kv_b_proj",
                     "post_attention_layernorm", "gate_up_proj", "up_proj"},
 }  # fmt: skip

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from quantcli.calibration.text.dataset import Batch
-from quantcli.verification.on_text.figures import Predictions, interval
+from quantcli.verification.on_text import metrics
+from quantcli.verification.on_text.figures import Predictions
 from quantcli.verification.on_text.tokens import moved_tokens
 
 WORDS = ["zero", " one", " two", " three"]
@@ -14,6 +16,11 @@ WORDS = ["zero", " one", " two", " three"]
 
 def texts(sequences):
     return ["".join(WORDS[token] for token in ids).removeprefix(" ") for ids in sequences]
+
+
+def interval(windows, texts=None):
+    values = {"kl": np.array([float(window.mean()) for window in windows])}
+    return metrics.interval(metrics.KL.value, values, texts or [0] * len(windows))
 
 
 def test_an_interval_holds_the_mean_and_shrinks_with_more_windows():
@@ -31,6 +38,15 @@ def test_an_interval_holds_the_mean_and_shrinks_with_more_windows():
     assert spans[1] == pytest.approx(float(3.92 * errors), rel=0.1)
     assert interval(few[:1]) is None
     assert interval(few) == interval(few)
+
+
+def test_an_interval_over_two_texts_leaves_out_how_the_texts_differ():
+    torch.manual_seed(1)
+    near, far = ([torch.randn(50) + mean for _ in range(40)] for mean in (0, 30))
+    own = interval(near)
+    both = interval(near + far, [0] * 40 + [1] * 40)
+    assert both[1] - both[0] < own[1] - own[0]
+    assert interval(near + far[:1], [0] * 40 + [1]) is None
 
 
 def test_tokens_that_moved_most_come_first_with_their_context():
@@ -61,7 +77,7 @@ def test_the_tokens_are_those_of_the_text():
     actual[1, 1, 2] -= 4.0  # the logits at place 1 are of the token at place 2
     predictions = Predictions()
     predictions.add(expected, actual, Batch(ids, None))
-    run = predictions.report([], texts)
+    run = predictions.windows.report([("a", "0")], [], [], lambda: predictions.moved(texts))
     token = run.moved_tokens[0]
     assert (token.window, token.position, token.token) == (1, 2, " two")
     assert token.change == pytest.approx(-4 + math.log(4 / (3 + math.exp(-4))), abs=1e-4)

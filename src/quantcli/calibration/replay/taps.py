@@ -70,7 +70,8 @@ class Matrices:
             return None
         name, parameter = entry
         offset = weight.storage_offset() - parameter.storage_offset()
-        expert = offset // parameter.stride(0) if parameter.dim() == 3 and weight.dim() == 2 else 0
+        apart = parameter.dim() == 3 and weight.dim() == 2 and parameter.stride(0) > 0
+        expert = offset // parameter.stride(0) if apart else 0
         return Matrix(name, expert)
 
 

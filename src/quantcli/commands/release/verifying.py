@@ -38,7 +38,7 @@ def verify_options(
             full=block.full,
             against=against,
             run=block.run,
-            data=None if block.data is None else written.path(block.data),
+            data=None if block.data is None else [*map(written.path, block.data)],
             samples=block.samples,
             length=block.length,
             tp=block.tp,
@@ -79,26 +79,26 @@ def check_verification(
     if options.run:
         from quantcli.calibration.text.dataset import check_length, check_source, model_limits
 
-        source = _source(options, written)
-        check_source(source, checkpoint.path)
-        check_length(source, model_limits(checkpoint.text_config)[0])
+        for source in _sources(options, written):
+            check_source(source, checkpoint.path)
+            check_length(source, model_limits(checkpoint.text_config)[0])
 
 
 def check_text(
     options: VerifyOptions, written: WrittenRelease, checkpoint: Checkpoint, progress: Progress
 ) -> None:
     """InputError if the text to run is too short, or cannot be read; before hours of other work."""
-    from quantcli.verification.on_text.run import text_batches
+    from quantcli.verification.on_text.corpus import read_texts
 
-    source, trust = _source(options, written), options.trust_remote_code
-    text_batches(source, checkpoint, progress, trust=trust)
+    sources, trust = _sources(options, written), options.trust_remote_code
+    read_texts(sources, checkpoint, progress, trust=trust)
 
 
-def _source(options: VerifyOptions, written: WrittenRelease) -> TextSource:
-    """The text to run."""
-    from quantcli.verification.on_text.run import text_source
+def _sources(options: VerifyOptions, written: WrittenRelease) -> list[TextSource]:
+    """The texts to run."""
+    from quantcli.verification.on_text.corpus import text_sources
 
-    return text_source(options, written.document.where(("verify", "data")), "verify.")
+    return text_sources(options, written.document.where(("verify", "data")), "verify.")
 
 
 def _check_page(page: Path, folders: Sequence[Path]) -> None:

@@ -3,26 +3,147 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from quantcli.calibration.replay.served import decibels, token_log_probs
+from quantcli.calibration.replay.served import token_log_probs
 from quantcli.calibration.text.dataset import Batch
 from quantcli.core.findings import Finding, failed
-from quantcli.verification.on_text.tokens import Texts, moved_tokens
-from quantcli.verification.outcome import (
+from quantcli.verification.on_text import metrics
+from quantcli.verification.on_text.metrics import Columns, Metric
+from quantcli.verification.on_text.reports import (
     Divergence,
+    Figures,
     LayerReport,
-    Perplexity,
     PerplexityRatio,
     RunReport,
+    TextReport,
+    TokenReport,
+    TraceReport,
+    WindowReport,
 )
+from quantcli.verification.on_text.tokens import Texts, moved_tokens
 
 FINER = "see which layers are worst, and keep their modules in a finer scheme"
-_RESAMPLES = 2000  # of the bootstrap
+
+
+class Windows:
+    """The windows of text that both models ran on, one at a time."""
+
+    def __init__(self) -> None:
+        self.reports: list[WindowReport] = []
+        self._tokens: list[int] = []  # of each window
+        self._largest: list[float] = []  # KL of a prediction, of each window
+
+    def add(self, report: WindowReport, tokens: int, largest: float = 0.0) -> None:
+        """A window. tokens: how many count. largest: KL divergence of one of its predictions."""
+        self.reports.append(report)
+        self._tokens.append(tokens)
+        self._largest.append(largest)
+
+    def figures(self, text: int | None = None) -> Figures:
+        """The figures of one text, by its number; None: of all."""
+        places = [n for n, each in enumerate(self.reports) if text in (None, each.text)]
+        reports = [self.reports[place] for place in places]
+        columns = metrics.columns_of([asdict(report) for report in reports])
+        texts = [report.text for report in reports]
+
+        def of(metric: Metric) -> float:
+            return float(metric.value(columns))
+
+        def span(metric: Metric) -> list[float] | None:
+            ends = metrics.interval(metric.value, columns, texts)
+            return None if ends is None else [round(end, 6) for end in ends]
+
+        figures = Figures(
+            tokens=sum(self._tokens[place] for place in places),
+            outputs_db=round(of(metrics.SQNR), 3),
+            outputs_interval=span(metrics.SQNR),
+            peir=round(of(metrics.PEIR), 6),
+            peir_interval=span(metrics.PEIR),
+        )
+        if "kl" not in columns:
+            return figures
+        ratio = PerplexityRatio(
+            reference=round(_perplexity(columns, "reference"), 4),
+            checkpoint=round(_perplexity(columns, "checkpoint"), 4),
+            ratio=round(of(metrics.PERPLEXITY), 6),
+            interval=span(metrics.PERPLEXITY),
+        )
+        largest = max(self._largest[place] for place in places)
+        return replace(
+            figures,
+            ppl=ratio,
+            kl=Divergence(round(of(metrics.KL), 6), round(largest, 6), span(metrics.KL)),
+            top1_agreement=round(of(metrics.TOP1), 6),
+            top1_interval=span(metrics.TOP1),
+            mean_abs_logprob_change=round(of(metrics.CHANGE), 6),
+            change_interval=span(metrics.CHANGE),
+        )
+
+    def report(
+        self,
+        names: Sequence[tuple[str, str]],
+        layers: list[LayerReport],
+        traces: list[TraceReport],
+        moved: Callable[[], list[TokenReport]] = list,
+    ) -> RunReport:
+        """All figures, rounded. names: name and sha256 (hex) of each text. moved: gives the tokens that
+        moved most."""
+        texts = [
+            TextReport(
+                **_own(self.figures(number)),
+                text=name,
+                sha256=sha256,
+                windows=sum(each.text == number for each in self.reports),
+            )
+            for number, (name, sha256) in enumerate(names)
+        ]
+        return RunReport(
+            **_own(self.figures()),
+            windows=[_rounded(report) for report in self.reports],
+            layers=layers,
+            traces=traces,
+            texts=texts,
+            moved_tokens=moved(),
+        )
+
+
+def _own(figures: Figures) -> dict[str, Any]:
+    return dict(vars(figures))
+
+
+def _perplexity(columns: Columns, key: str) -> float:
+    return math.exp(min(float(np.log(columns[key]).mean()), 700.0))
+
+
+def _rounded(report: WindowReport) -> WindowReport:
+    """Energies with 9 digits, all else with 9 places."""
+    values: dict[str, Any] = {
+        key: value if value is None else float(f"{value:.9g}") if key in _ENERGIES else round(value, 9)
+        for key, value in asdict(report).items()
+    }
+    return WindowReport(**values)
+
+
+_ENERGIES = ("energy", "error")
+
+
+def outputs_of(expected: Tensor, actual: Tensor) -> dict[str, float]:
+    """What a `WindowReport` holds of any outputs of one shape: `energy`, `error`, `peir`."""
+    x, difference = expected.float(), actual.float() - expected.float()
+    low, high = x.aminmax()
+    largest, reach = float(difference.abs().max()), float(high - low)
+    return {
+        "energy": float(x.square().sum(dtype=torch.float64)),
+        "error": float(difference.square().sum(dtype=torch.float64)),
+        "peir": largest / reach if reach else float(largest > 0),
+    }
 
 
 class Outputs:
@@ -31,33 +152,23 @@ class Outputs:
     def __init__(self, least: float) -> None:
         """least: SQNR in dB."""
         self.numbers = 0
+        self.windows = Windows()
         self._least = least
-        self._tokens = 0
-        self._signal = self._noise = 0.0
 
-    def add(self, expected: Tensor, actual: Tensor, batch: Batch) -> None:
-        """Outputs of a batch, of one shape."""
-        x = expected.double()
-        self.numbers += x.numel()
-        self._tokens += batch.input_ids.numel()
-        self._signal += float(x.square().sum())
-        self._noise += float((actual.double() - x).square().sum())
+    def add(self, expected: Tensor, actual: Tensor, batch: Batch, text: int = 0) -> None:
+        """Outputs of a batch, of one shape. text: the number of its text."""
+        self.numbers += expected.numel()
+        for row in range(len(expected)):
+            one = outputs_of(expected[row], actual[row])
+            report = WindowReport(text, None, None, None, None, None, **one)
+            self.windows.add(report, int(batch.input_ids[row].numel()))
 
-    @property
-    def _sqnr(self) -> float:
-        return decibels(self._signal, self._noise)
-
-    def report(self, layers: list[LayerReport]) -> RunReport:
-        """Figures of a run without predictions."""
-        return RunReport(
-            self._tokens, None, None, None, None, [], layers, outputs_db=round(self._sqnr, 3)
-        )
-
-    def findings(self) -> Iterator[Finding]:
-        """An error if the outputs are far from the other model's."""
-        if not self._sqnr >= self._least:
-            what = f"the model puts out {self._sqnr:.3f} dB on the same text, at least "
-            yield failed("outputs", f"{what}{self._least:g} dB are expected", None, FINER)
+    def findings(self, run: RunReport) -> Iterator[Finding]:
+        """Errors of texts on which the outputs are far from the other model's."""
+        for place, figures in by_text(run):
+            if not (sqnr := figures.outputs_db or 0.0) >= self._least:
+                what = f"the model puts out {sqnr:.3f} dB on the same text, at least "
+                yield failed("outputs", f"{what}{self._least:g} dB are expected", place, FINER)
 
 
 class Predictions:
@@ -65,77 +176,39 @@ class Predictions:
 
     def __init__(self, ahead: int = 1) -> None:
         """ahead: see `token_log_probs`."""
-        self.tokens = 0
+        self.windows = Windows()
         self._ahead = ahead
-        self._windows: list[list[int]] = []  # token ids
-        self._expected: list[Tensor] = []  # log-probabilities of the text: one tensor for each window
-        self._actual: list[Tensor] = []
-        self._kl: list[Tensor] = []  # by window
-        self._agreed = 0
-        self._predicted = 0
+        self._ids: list[list[int]] = []  # token ids of each window
+        # log-probabilities of the text by both models: one pair of tensors for each window
+        self._scores: list[tuple[Tensor, Tensor]] = []
 
-    def add(self, expected: Tensor, actual: Tensor, batch: Batch) -> None:
-        """Logits [batch, length, vocabulary] of both models."""
+    def add(self, expected: Tensor, actual: Tensor, batch: Batch, text: int = 0) -> None:
+        """Logits [batch, length, vocabulary] of both models. text: the number of the batch's text."""
+        scores = [token_log_probs(logits, batch, ahead=self._ahead) for logits in (expected, actual)]
         for row in range(len(expected)):  # the vocabulary is large
             p, q = (logits[row].float().log_softmax(-1) for logits in (expected, actual))
-            self._kl.append((p.exp() * (p - q)).sum(-1))
-            self._agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-            self._predicted += len(p)
-        self._windows += batch.input_ids.tolist()
-        self._expected += token_log_probs(expected, batch, ahead=self._ahead)
-        self._actual += token_log_probs(actual, batch, ahead=self._ahead)
-        self.tokens += int(batch.input_ids.numel()) - len(batch.input_ids)
+            kl = (p.exp() * (p - q)).sum(-1).double()
+            agreed = p.argmax(-1) == q.argmax(-1)
+            before, after = (score[row].double() for score in scores)
+            report = WindowReport(
+                text=text,
+                reference=math.exp(min(-float(before.mean()), 700.0)),  # JSON has no infinity
+                checkpoint=math.exp(min(-float(after.mean()), 700.0)),
+                kl=float(kl.mean().clamp_min(0)),
+                top1_agreement=float(agreed.double().mean()),
+                mean_abs_logprob_change=float((after - before).abs().mean()),
+                **outputs_of(expected[row], actual[row]),
+            )
+            self.windows.add(report, len(before), float(kl.max()))
+            self._scores.append((scores[0][row], scores[1][row]))
+        self._ids += batch.input_ids.tolist()
 
-    @property
-    def ratio(self) -> float:
-        """Perplexity over the other model's."""
-        return _perplexity(self._actual) / _perplexity(self._expected)
-
-    @property
-    def kl(self) -> float:
-        """Mean over all predictions, in nats."""
-        return float(torch.cat(self._kl).double().mean().clamp_min(0))
-
-    def report(self, layers: list[LayerReport], texts: Texts) -> RunReport:
-        """All figures, rounded. texts: of several sequences of token ids."""
-        pairs = list(zip(self._expected, self._actual, strict=True))
-        changes = [(actual - expected).abs() for expected, actual in pairs]
-        losses = [expected - actual for expected, actual in pairs]
-        span = interval(losses)
-        ratio_span = None if span is None else [round(math.exp(min(end, 700.0)), 6) for end in span]
-        perplexities = _rounded(self._expected, self._actual)
-        return RunReport(
-            tokens=self.tokens,
-            ppl=PerplexityRatio(*perplexities, round(self.ratio, 6), ratio_span),
-            kl=Divergence(
-                round(self.kl, 6), round(float(torch.cat(self._kl).max()), 6), interval(self._kl)
-            ),
-            top1_agreement=round(self._agreed / self._predicted, 6),
-            mean_abs_logprob_change=round(float(torch.cat(changes).mean()), 6),
-            change_interval=interval(changes),
-            windows=[Perplexity(*_rounded([expected], [actual])) for expected, actual in pairs],
-            layers=layers,
-            moved_tokens=moved_tokens(self._windows, pairs, texts),
-        )
+    def moved(self, texts: Texts) -> list[TokenReport]:
+        """The tokens that moved most. texts: of several sequences of token ids."""
+        return moved_tokens(self._ids, self._scores, texts)
 
 
-def interval(windows: Sequence[Tensor]) -> list[float] | None:
-    """The 95 % interval of a mean, by a bootstrap over windows of text; None if there is one window.
-
-    windows: the numbers of each. The same windows give the same interval.
-    """
-    if len(windows) < 2:
-        return None
-    means = np.array([float(window.double().mean()) for window in windows])
-    picks = np.random.default_rng(0).integers(len(means), size=(_RESAMPLES, len(means)))
-    low, high = np.quantile(means[picks].mean(1), (0.025, 0.975)).tolist()
-    return [round(low, 6), round(high, 6)]
-
-
-def _rounded(expected: list[Tensor], actual: list[Tensor]) -> tuple[float, float]:
-    return round(_perplexity(expected), 4), round(_perplexity(actual), 4)
-
-
-def _perplexity(scores: list[Tensor]) -> float:
-    mean = float(torch.cat(scores).double().mean())
-    return math.exp(min(-mean, 700.0))  # JSON has no infinity
+def by_text(run: RunReport) -> Iterator[tuple[str | None, Figures]]:
+    """The figures of each text with its name; of one text alone, without it."""
+    for text in run.texts:
+        yield (None if len(run.texts) == 1 else f"`{text.text}`"), text

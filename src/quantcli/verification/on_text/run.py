@@ -15,13 +15,7 @@ from quantcli.calibration.replay.served import (
     ServedCache,
     decibels,
 )
-from quantcli.calibration.text.dataset import (
-    Batch,
-    TextSource,
-    load_dataset,
-    model_limits,
-    tokenizer_of,
-)
+from quantcli.calibration.text.dataset import tokenizer_of
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
@@ -29,13 +23,14 @@ from quantcli.core.findings import Finding, failed, noted
 from quantcli.core.numerics import LATENTS
 from quantcli.targets.layouts import StoredModule
 from quantcli.verification.limits import Limits
-from quantcli.verification.on_text.figures import FINER, Outputs, Predictions
-from quantcli.verification.options import VerifyOptions
-from quantcli.verification.outcome import LayerReport, Report
+from quantcli.verification.on_text.corpus import Corpus
+from quantcli.verification.on_text.figures import FINER, Outputs, Predictions, by_text
+from quantcli.verification.on_text.reports import LayerReport, RunReport
+from quantcli.verification.on_text.trace import Tracer
+from quantcli.verification.outcome import Report
 from quantcli.verification.reference import Reference
 from quantcli.verification.structure import Structure
 
-_BATCH_TOKENS = 2048
 _OWN = 1  # batches on which a layer's own error is measured
 # Bounds that a sound int8 or fp8 conversion keeps, for limits that neither user nor recipe set.
 MAX_PPL_RATIO = 1.05
@@ -46,49 +41,20 @@ LEAST_WITH_FP4_INPUTS = 5.0
 _FULL = "verify with --full, which names numbers that are not finite"
 
 
-def text_source(options: VerifyOptions, where: str = "", option: str = "--") -> TextSource:
-    """Which text is run. where: what names it, for messages; option: prefix of options there."""
-    return TextSource(
-        data=str(options.data),
-        where=where or f"--data {options.data}",
-        samples=options.samples,
-        length=options.length,
-        seed=None,
-        pack=True,
-        batch_tokens=_BATCH_TOKENS,
-        option=option,
-    )
-
-
-def text_batches(
-    source: TextSource, checkpoint: Checkpoint, progress: Progress, *, trust: bool = False
-) -> Sequence[Batch]:
-    """The windows of text to run. InputError if the text gives fewer samples than are asked for."""
-    positions, vocabulary = model_limits(checkpoint.text_config)
-    progress.phase(f"reading text: {source.samples} samples of {source.length} tokens of {source.data}")
-    return load_dataset(
-        source,
-        checkpoint.path,
-        positions=positions,
-        vocab_size=vocabulary,
-        trust_remote_code=trust,
-        say=progress.say,
-    ).batches
-
-
 def verify_run(
     structure: Structure,
     reference: Reference,
-    batches: Sequence[Batch],
+    corpus: Corpus,
     workers: int,
     progress: Progress,
     *,
     trust: bool = False,
+    traced: Sequence[str] = (),
 ) -> None:
     """Run both models; findings and figures go to the report, and defaults to limits that are None.
 
     Everything around the quantized modules is computed in the checkpoint's `Served.dtype`. Memory: one
-    layer of each model; hidden states are on disk.
+    layer of each model; hidden states are on disk. traced: modules to trace.
     """
     report = structure.report
     assert structure.stored is not None
@@ -107,7 +73,12 @@ def verify_run(
             states.mkdir()
             models.append(
                 Forward(
-                    model, batches, states, dtype=ours.dtype, workers=workers, trust_remote_code=trust
+                    model,
+                    corpus.batches,
+                    states,
+                    dtype=ours.dtype,
+                    workers=workers,
+                    trust_remote_code=trust,
                 )
             )
         for forward in models:
@@ -117,41 +88,50 @@ def verify_run(
             report.add([_other_model("numbers of layers", *counts)])
             return
         least = _least_sqnr(structure.stored.modules.values())
-        layers = _layers(report, models[0], models[1], least, progress)
+        tokenizer = tokenizer_of(reference.checkpoint.path, trust_remote_code=trust)
+        tracer = Tracer(ours, reference, corpus, tokenizer.texts)
+        tracer.find(traced, models[1])
+        layers = _layers(report, models[0], models[1], least, progress, tracer)
         if layers is None:
             return
         sums = Predictions(ahead=0 if models[0].skeleton.two_stacks else 1)
         outputs = Outputs(least)
         predicts = models[0].skeleton.predicts_text
         progress.phase("predicting tokens" if predicts else "computing outputs")
-        for expected, actual, batch in zip(
-            models[0].logits(), models[1].logits(), batches, strict=True
+        for expected, actual, batch, text in zip(
+            models[0].logits(), models[1].logits(), corpus.batches, corpus.texts, strict=True
         ):
             if expected.shape != actual.shape:
                 report.add([_other_model("numbers of outputs", expected.shape[-1], actual.shape[-1])])
                 return
-            (sums if predicts else outputs).add(expected, actual, batch)
+            (sums if predicts else outputs).add(expected, actual, batch, text)
     report.count("layer outputs", len(layers))
     if ours.cache is not None:
         report.add(_cache_findings(ours.cache))
         report.count("rounded cache", len(ours.cache.sqnr()))
+    traces = tracer.reports
+    named = [*zip(corpus.names, corpus.sha256, strict=True)]
     if not predicts:
-        report.run = outputs.report(layers)
-        report.add([*_layer_findings(layers), *outputs.findings()])
+        report.run = outputs.windows.report(named, layers, traces)
+        report.add([*_layer_findings(layers), *outputs.findings(report.run)])
         report.count("outputs", outputs.numbers)
         return
     ratio = structure.limits.most("max_ppl_ratio", MAX_PPL_RATIO)
     kl = structure.limits.most("max_kl", MAX_KL)
     report.limits = report.limits.model_copy(update={"max_ppl_ratio": ratio, "max_kl": kl})
-    tokenizer = tokenizer_of(reference.checkpoint.path, trust_remote_code=trust)
-    report.run = sums.report(layers, tokenizer.texts)
-    report.add([*_layer_findings(layers), *_findings(sums, report, structure.limits)])
-    report.count("perplexity", sums.tokens)
-    report.count("kl", sums.tokens)
+    report.run = sums.windows.report(named, layers, traces, lambda: sums.moved(tokenizer.texts))
+    report.add([*_layer_findings(layers), *_findings(report.run, report, structure.limits)])
+    report.count("perplexity", report.run.tokens)
+    report.count("kl", report.run.tokens)
 
 
 def _layers(
-    report: Report, reference: Forward, ours: Forward, least: float, progress: Progress
+    report: Report,
+    reference: Forward,
+    ours: Forward,
+    least: float,
+    progress: Progress,
+    tracer: Tracer,
 ) -> list[LayerReport] | None:
     """Each layer's SQNR: on the other model's inputs, and on its own, with all errors so far. least: in
     dB.
@@ -167,6 +147,7 @@ def _layers(
         progress.begin_layer(name, index, passes=2)
         for model in (reference, ours):
             model.enter(index)
+        tracer.layer(index, reference, ours, progress)
         progress.phase("checkpoint")
         try:
             own = ours.layer(index, reference.states, batches[:_OWN])
@@ -234,13 +215,18 @@ def _layer_findings(layers: Iterable[LayerReport]) -> Iterator[Finding]:
             yield failed("layer outputs", what, f"`{layer.layer}`", FINER)
 
 
-def _findings(sums: Predictions, report: Report, limits: Limits) -> Iterator[Finding]:
-    ratio, kl = report.limits.max_ppl_ratio, report.limits.max_kl
-    if ratio is not None and not sums.ratio <= ratio:
-        what = f"perplexity is {sums.ratio:.4f} times the other model's, the limit is {ratio:g}"
-        hint = limits.hint("max_ppl_ratio", lambda limit: sums.ratio <= limit)
-        yield failed("perplexity", what, None, FINER + hint)
-    if kl is not None and not sums.kl <= kl:
-        what = f"mean KL divergence is {sums.kl:.4f} nats per token, the limit is {kl:g}"
-        hint = limits.hint("max_kl", lambda limit: sums.kl <= limit)
-        yield failed("kl", what, None, FINER + hint)
+def _findings(run: RunReport, report: Report, limits: Limits) -> Iterator[Finding]:
+    """Errors of texts on which a limit is passed."""
+    most_ratio, most_kl = report.limits.max_ppl_ratio, report.limits.max_kl
+    for place, figures in by_text(run):
+        assert figures.ppl is not None
+        assert figures.kl is not None
+        ratio, kl = figures.ppl.ratio, figures.kl.mean
+        if most_ratio is not None and not ratio <= most_ratio:
+            what = f"perplexity is {ratio:.4f} times the other model's, the limit is {most_ratio:g}"
+            hint = limits.hint("max_ppl_ratio", ratio.__le__)
+            yield failed("perplexity", what, place, FINER + hint)
+        if most_kl is not None and not kl <= most_kl:
+            what = f"mean KL divergence is {kl:.4f} nats per token, the limit is {most_kl:g}"
+            hint = limits.hint("max_kl", kl.__le__)
+            yield failed("kl", what, place, FINER + hint)

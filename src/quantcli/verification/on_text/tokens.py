@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from quantcli.verification.outcome import TokenReport
+from quantcli.verification.on_text.reports import TokenReport
 
 _MOST = 20  # tokens to report
 _BEFORE, _AFTER = 24, 8  # tokens of context

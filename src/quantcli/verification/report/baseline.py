@@ -7,14 +7,15 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from quantcli.core.disk import disk_errors
 from quantcli.core.errors import SCHEMA_VERSION, InputError
 from quantcli.core.text import size as size_text
 from quantcli.core.untrusted.tables import parse_json
+from quantcli.verification.on_text.paired import compare_runs
 from quantcli.verification.report import words
 
 _FIX = "give what `quantcli verify --json` has printed: --baseline OLD.json"
@@ -47,12 +48,37 @@ class _Divergence(_Part):
     mean: float
 
 
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Window(_Part):
+    text: int = 0
+    reference: _Positive | None = None
+    checkpoint: _Positive | None = None
+    kl: _Number | None = None
+    top1_agreement: _Number | None = None
+    mean_abs_logprob_change: _Number | None = None
+    energy: _Number | None = None
+    error: _Number | None = None
+    peir: _Number | None = None
+
+
+class _Text(_Part):
+    text: str
+    sha256: str
+
+
 class _OnText(_Part):
     ppl: _Perplexity | None
     kl: _Divergence | None
     top1_agreement: float | None
     mean_abs_logprob_change: float | None
     outputs_db: float | None = None
+    peir: float | None = None
+    tokens: int | None = None
+    texts: list[_Text] = []
+    windows: list[_Window] = []
 
 
 class Earlier(_Part):
@@ -177,7 +203,8 @@ _FIGURES = (
     _Figure("same first choice", lambda r: _run(r, "top1_agreement"), True, words.percent, True),
     _Figure("mean change of a log-probability",
             lambda r: _run(r, "mean_abs_logprob_change"), False, words.number, True),
-    _Figure("outputs", lambda r: _run(r, "outputs_db"), True, words.decibels, True),
+    _Figure("SQNR of outputs", lambda r: _run(r, "outputs_db"), True, words.decibels, True),
+    _Figure("PEIR of outputs", lambda r: _run(r, "peir"), False, words.number, True),
 )  # fmt: skip
 
 
@@ -189,6 +216,7 @@ def compare(report: dict[str, Any], baseline: Baseline, checkpoint: str) -> dict
              the figure is of the reference, or of runs that differ in their text. Those that only one
              report has are left out.
     same_text: whether both ran one reference on one text, as far as its perplexity tells.
+    paired: the change window by window, see `compare_runs`; None if the windows are not the same.
     modules: {"module", "before_db", "now_db", "change_db"} of each in both, largest loss first.
     only_before, only_now: names of modules that one report has, if both have measured any.
     """
@@ -209,6 +237,7 @@ def compare(report: dict[str, Any], baseline: Baseline, checkpoint: str) -> dict
         "tool": before.tool,
         "figures": list(_changes(before, now)),
         "same_text": _same_text(before, now),
+        "paired": _paired(before, now),
         "modules": sorted(modules, key=lambda m: (m["change_db"], m["module"])),
         "only_before": sorted(levels[0].keys() - levels[1].keys()) if levels[1] else [],
         "only_now": sorted(levels[1].keys() - levels[0].keys()) if levels[0] else [],
@@ -232,6 +261,13 @@ def _same_text(before: Earlier, now: Earlier) -> bool:
     """Whether both reports ran one reference on one text, as far as its perplexity tells."""
     old, new = (_run(report, "reference", "ppl") for report in (before, now))
     return old is None or new is None or math.isclose(old, new, rel_tol=1e-3)
+
+
+def _paired(before: Earlier, now: Earlier) -> dict[str, Any] | None:
+    """The comparison of both runs, window by window; None if one did not run, or the windows differ."""
+    if before.run is None or now.run is None or not before.run.texts:
+        return None
+    return compare_runs(before.run.model_dump(), now.run.model_dump())
 
 
 def figure_rows(change: dict[str, Any]) -> list[tuple[list[str], bool | None]]:

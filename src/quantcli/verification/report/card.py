@@ -17,6 +17,7 @@ from quantcli.core.text import count
 from quantcli.planning.card.figures import replaced
 from quantcli.planning.card.markdown import code, plain, table
 from quantcli.planning.card.source import is_card
+from quantcli.recipe.recipe import name_of_data
 from quantcli.verification.options import VerifyOptions
 from quantcli.verification.report import words
 
@@ -118,9 +119,9 @@ def figures(report: dict[str, Any], options: VerifyOptions) -> str:
         median = words.decibels(statistics.median(level for level, _ in levels))
         of = f"SQNR of {count(levels, 'weight')}"
         rows.append([of, f"median {median}, worst {words.decibels(worst)} ({code(module)})"])
-    if report["run"] is not None and options.data is not None:
+    if report["run"] is not None:
         windows = f"up to {count(options.samples, 'window')} of {options.length} tokens"
-        rows.append(["text", f"{code(Path(options.data).name)}, {windows}"])
+        rows += [["text", f"{code(name_of_data(data))}, {windows}"] for data in options.data or ()]
     rows += [[plain(what), plain(value)] for what, value in words.run_facts(report)]
     texts = [f"`quantcli verify` of {plain(report['tool'])} passed: {depths}; {checks}, {notes}."]
     if rows:

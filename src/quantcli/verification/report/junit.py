@@ -144,6 +144,15 @@ def _limits(report: dict[str, Any]) -> Iterator[ElementTree.Element]:
     """The limits that hold; one that does not is a failure of its check."""
     failed = {finding["check"] for finding in words.errors(report)}
     facts = "\n".join(f"{what}: {value}" for what, value in words.run_facts(report))
+    for text in words.text_rows(report):
+        facts += f"\n{text.pop('text')}: " + "; ".join(
+            f"{what} {value}" for what, value in text.items()
+        )
+    for other, comparison in words.comparison_texts(report):
+        facts += f"\nnext to {words.literal(other)}: {comparison['verdict']}"
+        facts += "".join(
+            f"\n  {', '.join(row)}" for row in words.comparison_rows(comparison["figures"])
+        )
     for limit, check in _LIMITS.items():
         value = (report.get("limits") or {}).get(limit)
         if value is not None and check not in failed:

@@ -35,7 +35,9 @@ def page(report: dict[str, Any]) -> str:
     modules = sorted(report.get("modules") or [], key=words.badness)
     most = min(_MOST, _ROWS + sum(not words.is_ok(module) for module in modules))
     run = report.get("run") or {}
-    layers, windows = run.get("layers") or [], run.get("windows") or []
+    layers = run.get("layers") or []
+    windows = [each for each in run.get("windows") or [] if each.get("reference") is not None]
+    texts = words.text_rows(report)
     grid = lay_out(modules, words.badness)
     sizes = list(_sizes(report))
     limits = [m["limit_db"] for m in modules if m.get("limit_db") is not None]
@@ -52,6 +54,10 @@ def page(report: dict[str, Any]) -> str:
         layers=layers,
         layer_chart=layer_line(layers) if layers else None,
         windows=windows,
+        texts=[[*text.values()] for text in texts],
+        text_columns={
+            what: "name" if what == "text" else "right" for text in texts[:1] for what in text
+        },
         window_charts=perplexity_lines(windows) if windows else None,
         sizes=sizes,
         size_chart=_size_bar(sizes),

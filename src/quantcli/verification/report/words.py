@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from quantcli.core.untrusted.names import printable
@@ -220,6 +220,32 @@ def layer_facts(layer: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def trace_facts(trace: dict[str, Any]) -> list[tuple[str, str]]:
+    """All facts of a module that was traced but its name: (what, value)."""
+    facts = [
+        ("type", f"{literal(trace['label'])}: {literal(trace['numerics'])}"),
+        ("tokens", number(trace["tokens"])),
+        ("input", decibels(trace["input_db"])),
+        ("output", decibels(trace["output_db"])),
+        ("output on the float input", decibels(trace["alone_db"])),
+    ]
+    if trace["edited"]:
+        facts.append(("edited", literal(trace["edited"])))
+    facts += [(f"error of {each['source']}", decibels(each["sqnr_db"])) for each in trace["sources"]]
+    for key, what in (("worst_outputs", "output"), ("worst_inputs", "input")):
+        worst = [f"{each['number']} ({_of_error(each)})" for each in trace[key][:3]]
+        facts += [(f"worst {what} channels", ", ".join(worst))] if worst else []
+    tokens = [
+        f"{one_line(literal(each['text'], 40))!r} of window {each['window']} ({_of_error(each)})"
+        for each in trace["worst_tokens"][:3]
+    ]
+    return facts + ([("worst tokens", ", ".join(tokens))] if tokens else [])
+
+
+def _of_error(worst: dict[str, Any]) -> str:
+    return f"{decibels(worst['sqnr_db'])}, {percent(worst['share'])} of the error"
+
+
 def worst_rows(module: dict[str, Any], limit: int = 3) -> str:
     """17 (20.1 dB), 3 (22.0 dB)."""
     rows = module.get("worst_rows") or []
@@ -235,31 +261,92 @@ def outlier_channels(module: dict[str, Any], limit: int = 3) -> str:
 def run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Results of running text through the checkpoint: (what, value)."""
     run = report.get("run") or {}
-    ppl, kl = run.get("ppl") or {}, run.get("kl") or {}
-    limits_ = report.get("limits") or {}
-    facts = []
-    if ppl:
-        value = f"{number(ppl.get('reference'))} -> {number(ppl.get('checkpoint'))}"
-        value += "" if ppl.get("ratio") is None else f", {ppl['ratio']:.4f} x"
-        aside = _aside(ratio_span(ppl.get("interval")), limits_.get("max_ppl_ratio"), " x")
-        facts.append(("perplexity", value + aside))
-    if kl:
-        value = f"mean {number(kl.get('mean'))}, max {number(kl.get('max'))}"
-        facts.append(("KL divergence", value + _aside(span(kl.get("interval")), limits_.get("max_kl"))))
-    if run.get("outputs_db") is not None:
-        facts.append(("outputs", f"{decibels(run['outputs_db'])} of the other model's"))
-    if run.get("top1_agreement") is not None:
-        facts.append(("same first choice", f"{percent(run['top1_agreement'])} of tokens"))
-    if run.get("mean_abs_logprob_change") is not None:
-        facts.append(
-            (
-                "mean change of a log-probability",
-                number(run["mean_abs_logprob_change"]) + _aside(span(run.get("change_interval"))),
-            )
+    figures = figure_texts(run, report.get("limits") or {})
+    if run.get("ppl"):
+        figures["perplexity"] = f"{number(run['ppl'].get('reference'))} -> " + (
+            f"{number(run['ppl'].get('checkpoint'))}, {figures['perplexity']}"
         )
     if run.get("tokens") is not None:
-        facts.append(("tokens", number(run["tokens"])))
+        figures["tokens"] = number(run["tokens"])
+    return [*figures.items()]
+
+
+def figure_texts(run: dict[str, Any], limits_: dict[str, Any] | None = None) -> dict[str, str]:
+    """The figures of a run, or of one text of it, by what they are; with intervals, and limits."""
+    most = limits_ or {}
+    ppl, kl = run.get("ppl") or {}, run.get("kl") or {}
+    facts = {}
+    if ppl.get("ratio") is not None:
+        aside = _aside(ratio_span(ppl.get("interval")), most.get("max_ppl_ratio"), " x")
+        facts["perplexity"] = f"{ppl['ratio']:.4f} x{aside}"
+    if kl:
+        aside = _aside(span(kl.get("interval")), most.get("max_kl"))
+        facts["KL divergence"] = f"mean {number(kl.get('mean'))}, max {number(kl.get('max'))}{aside}"
+    if run.get("top1_agreement") is not None:
+        ends = run.get("top1_interval")
+        aside = _aside("" if ends is None else f"{100 * ends[0]:.2f} to {percent(ends[1])}")
+        facts["same first choice"] = f"{percent(run['top1_agreement'])} of tokens{aside}"
+    if run.get("mean_abs_logprob_change") is not None:
+        value = number(run["mean_abs_logprob_change"])
+        facts["mean change of a log-probability"] = value + _aside(span(run.get("change_interval")))
+    if run.get("outputs_db") is not None:
+        ends = run.get("outputs_interval")
+        aside = _aside("" if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}", unit=" dB")
+        facts["SQNR of outputs"] = decibels(run["outputs_db"]) + aside
+    if run.get("peir") is not None:
+        facts["PEIR of outputs"] = number(run["peir"]) + _aside(span(run.get("peir_interval")))
     return facts
+
+
+def text_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    """The figures of each text, by column; empty if there is one text alone."""
+    texts = (report.get("run") or {}).get("texts") or []
+    return [
+        {"text": literal(text.get("text")), "tokens": number(text.get("tokens"))} | figure_texts(text)
+        for text in (texts if len(texts) > 1 else ())
+    ]
+
+
+# columns of a comparison of two runs, and the classes of their cells on a page
+COMPARED_COLUMNS = {"figure": "", "before": "right", "now": "right", "change": "right",
+                    "95 % interval": "right", "answer": ""}  # fmt: skip
+_FORMS: dict[str, Callable[[float], str]] = {
+    "ppl": "{:.4f} x".format, "outputs_db": lambda value: decibels(value),
+    "top1_agreement": lambda value: percent(value),
+}  # fmt: skip
+_CHANGES: dict[str, Callable[[float], str]] = {
+    "ppl": lambda value: f"{100 * value:+.3f} %", "outputs_db": "{:+.2f} dB".format,
+    "top1_agreement": lambda value: f"{100 * value:+.2f} %",
+}  # fmt: skip
+_BETTER = {True: "better", False: "worse", None: "no difference seen"}
+
+
+def comparison_rows(figures: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Figures of two runs on the same windows as cells of `COMPARED_COLUMNS`."""
+    rows = []
+    for figure in figures:
+        form = _FORMS.get(figure["key"], number)
+        change = _CHANGES.get(figure["key"], "{:+.4g}".format)
+        ends = figure["interval"]
+        interval = "-" if ends is None else f"{change(ends[0])} to {change(ends[1])}"
+        now = form(figure["now"])
+        answer = "" if ends is None else _BETTER[figure["better"]]
+        rows.append(
+            [figure["name"], form(figure["before"]), now, change(figure["change"]), interval, answer]
+        )
+    return rows
+
+
+def comparison_texts(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What a checkpoint was compared with window by window, and the comparison: the first of several,
+    and an earlier report."""
+    found = []
+    if (first := report.get("compared")) is not None:
+        found.append((str(first["checkpoint"]), first))
+    earlier = report.get("baseline") or {}
+    if (paired := earlier.get("paired")) is not None:
+        found.append((f"the baseline, {literal(earlier['checkpoint'])}", paired))
+    return found
 
 
 def _aside(interval: str, limit: float | None = None, unit: str = "") -> str:
