@@ -96,7 +96,8 @@ def verify(
         trust = options.trust_remote_code
         corpus = read_texts(text_sources(options), reference.checkpoint, progress, trust=trust)
     both = weight_files([structure.stored.checkpoint, reference.checkpoint])
-    verify_against(structure, reference, Pool(task_workers, cluster, both), progress)
+    pool = Pool(task_workers, cluster, both)
+    verify_against(structure, reference, pool, progress, trust=options.trust_remote_code)
     if conversion is not None:
         read = source_files(conversion.plan, conversion.plan.shards)
         conversion.run(report, Pool(task_workers, cluster, (*both, *read)), progress)
