@@ -323,8 +323,8 @@ def _check_codes(codes: Tensor, item: Quantize) -> None:
 def _check_scales(scales: Tensor, item: Quantize) -> None:
     """InputError for stored scales that the engine cannot hold as they are."""
     dtype = torch_dtype(item.engine_dtypes.weight_scale)
-    held = scales.to(dtype).float()
-    if not bool((torch.isfinite(scales) & (scales != 0) & (held == scales)).all()):
+    rounded = scales.to(dtype).float()
+    if not bool((torch.isfinite(scales) & (scales != 0) & (rounded == scales)).all()):
         raise InputError(
             f"the calibration has scales that {str(dtype)[6:]} cannot hold",
             where=f"`{item.module}` in {item.row_stats['scales'].file}",

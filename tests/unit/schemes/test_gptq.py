@@ -132,7 +132,7 @@ def test_factorization_by_tiles(monkeypatch, tile):
 
 
 def best_alone(w, h, numbers, scale, columns, element, damping, to_scale):
-    """One sweep by trying: each scale by its formula on the whole matrix, then each code of the type."""
+    """One sweep by trying: each scale by its formula on the whole matrix, then each code."""
     hessian = h.double() + damping * torch.eye(len(h)).double()
     w, numbers, scale = w.double(), numbers.double().clone(), scale.double().clone()
     k = w.shape[1]

@@ -19,7 +19,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -342,6 +342,8 @@ class RoundingPass(Measurement):
                 if hessian.tokens:
                     damping, act_order = options.damping, options.act_order
                     feedback = Feedback.of(read, damping=damping, act_order=act_order, each=each)
+                if feedback is not None:
+                    feedback = replace(feedback, block_size=options.block_size)
                 toward = self._toward(hessian, options.damping, each)
                 objective = _Objective(read, feedback, toward, options)
             self._round(module, constants, objective, each)
@@ -418,7 +420,6 @@ class RoundingPass(Measurement):
             scheme.numerics.weight.element,
             objective.feedback,
             descent,
-            options.block_size,
         )
         return rounded if zero is None else rounded._replace(signal=squares(targets, objective.hessian))
 

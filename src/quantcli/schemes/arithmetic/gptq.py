@@ -55,11 +55,13 @@ class Feedback:
     order:  int64 [k], the columns as they are rounded, those with the largest inputs first.
     shares: float32 [k, k] in that order, strictly upper triangular: R_ji / R_ii.
     added:  what was added to the diagonal of H.
+    block_size: columns between two updates of all that follow.
     """
 
     order: Tensor
     shares: Tensor
     added: float = 0.0
+    block_size: int = BLOCK
 
     @classmethod
     def of(
@@ -92,13 +94,11 @@ class Feedback:
                 return cls(order, shares, damping * mean * 10**attempt)
         return None
 
-    def round(
-        self, rows: Tensor, step: Tensor, element: ElementType, block_size: int = BLOCK
-    ) -> Tensor:
+    def round(self, rows: Tensor, step: Tensor, element: ElementType) -> Tensor:
         """Codes as `elements.encode` has them.
 
         rows: float32 [n, k]; step: float32, the scale of each column [n, k], or of all [n, 1]; element:
-        the type of codes; block_size: columns between two updates of all that follow.
+        the type of codes.
         """
         n, k = rows.shape
         columns = rows[:, self.order].T.contiguous()
@@ -106,8 +106,8 @@ class Feedback:
         if step.shape[1] == k:
             steps = steps.contiguous()
         lost = torch.empty_like(columns)
-        for start in range(0, k, block_size):
-            block = slice(start, min(start + block_size, k))
+        for start in range(0, k, self.block_size):
+            block = slice(start, min(start + self.block_size, k))
             targets = columns[block] + self.shares[:start, block].T @ lost[:start]
             within = self.shares[block, block]
             for place, column in enumerate(range(start, block.stop)):
@@ -276,8 +276,8 @@ class Descent:
         curves = corner.diagonal()
         for place in range(len(number)):
             each = steps[place // self.columns]
-            wanted = torch.addcdiv(number[place], within[place], curves[place] * each)
-            new = elements.nearest(wanted, element)
+            best = torch.addcdiv(number[place], within[place], curves[place] * each)
+            new = elements.nearest(best, element)
             moved = (new - number[place]) * each
             within[place + 1 :].addr_(corner[place + 1 :, place], moved, alpha=-1)
             change[place] += moved
@@ -308,13 +308,12 @@ def gptq(
     element: ElementType,
     feedback: Feedback | None,
     descent: Descent | None = None,
-    block_size: int = BLOCK,
 ) -> Rounded:
     """Codes of a block of rows: for each row those of GPTQ, mended by `descent`, or `nearest` if they
     are better.
 
-    rows: float32 [n, k]; hessian: sum x x^T, float32 [k, k]; step, element, block_size: as in
-    `Feedback.round`; nearest: codes as `elements.encode` has them. feedback: of this hessian; None:
+    rows: float32 [n, k]; hessian: sum x x^T, float32 [k, k]; step, element: as in `Feedback.round`;
+    nearest: codes as `elements.encode` has them. feedback: of this hessian; None:
     nearest. Errors are sums of squares over the inputs.
     """
     k = rows.shape[1]
@@ -327,7 +326,7 @@ def gptq(
     scale = None if descent is None else descent.scale
     if feedback is None:
         return Rounded(nearest, plain, plain, signal, scale)
-    codes = feedback.round(rows, step, element, block_size)
+    codes = feedback.round(rows, step, element)
     numbers = elements.decode(codes, element, k)
     total = error(numbers, step)
     if descent is not None:
