@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from safetensors.torch import save_file
 
+from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.checkpoint.tensors import read_tensor
@@ -75,3 +78,24 @@ def rotated(checkpoint, places, seed=0, dtype=torch.float32):
         )
         tensors[name] = Held(spec, stored.file, stored.offset, tensor)
     return replace(checkpoint, tensors=tensors)
+
+
+def save_rotated(path, folder, places, change=lambda tensors, source: None, dtype=torch.bfloat16):
+    """Write the rotated model of a folder into another one; `change` may damage its tensors first,
+    which it is given by name, next to the source's."""
+    folder.mkdir()
+    source = open_checkpoint(path)
+    turned = rotated(source, places, dtype=dtype)
+    tensors = {name: read_tensor_of(stored) for name, stored in turned.tensors.items()}
+    change(tensors, {name: read_tensor(stored) for name, stored in source.tensors.items()})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors"
+    )
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(path / name, folder)
+    return folder
+
+
+def read_tensor_of(stored):
+    """The value of a tensor, held or stored."""
+    return stored.value if isinstance(stored, Held) else read_tensor(stored)

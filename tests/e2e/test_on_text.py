@@ -15,6 +15,7 @@ from quantcli.core.errors import InputError
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-qwen3"
 TEXTS = [ROOT / "examples" / "evaluation.txt", ROOT / "examples" / "calibration.txt"]
+FIRST, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.2.mlp.down_proj"
 RUN: dict[str, Any] = {"against": MODEL, "run": True, "samples": 3, "length": 32}
 
 
@@ -69,10 +70,39 @@ def test_a_limit_holds_for_each_text_and_a_text_is_given_once(
     twin = Path(shutil.copy(TEXTS[0], tmp_path / "twin.txt"))
     with pytest.raises(InputError, match=r"the text is the same as `.*evaluation\.txt`"):
         quantcli.verify(checkpoints[0], data=[TEXTS[0], twin], **RUN)
-    page = tmp_path / "page.html"
-    done = quantcli.verify(checkpoints[0], data=TEXTS, max_kl=1e-6, report=page, **RUN)
+    page, traced = tmp_path / "page.html", [FIRST, DOWN]
+    options = {"max_kl": 1e-6, "report": page, "layer": traced}
+    done = quantcli.verify(checkpoints[0], data=TEXTS, **options, **RUN)
     assert "Each text by itself." in page.read_text()
+    check_traces(done.run["traces"])
+    assert f"Where the error of <code>{DOWN}</code> comes from" in page.read_text()
     failed = [(each["check"], each["where"]) for each in done.findings if each["severity"] == "error"]
     assert failed == [("kl", "`evaluation.txt`"), ("kl", "`calibration.txt`")]
     with pytest.raises(InputError, match="--not-worse compares runs"):
         quantcli.verify(checkpoints[0], data=TEXTS, not_worse=True, **RUN)
+    for module, what in (("q_projj", "is not a quantized module"), ("lm_head", "not a quantized")):
+        with pytest.raises(InputError, match=what):
+            quantcli.verify(checkpoints[0], data=TEXTS, layer=module, **RUN)
+
+
+def check_traces(traces: list[dict[str, Any]]) -> None:
+    """The sources of the error of two modules of a checkpoint with int8 weights and inputs."""
+    first, down = traces
+    assert [first["module"], down["module"]] == [FIRST, DOWN]
+    for trace in traces:
+        assert trace["tokens"] == 2 * 3 * 32
+        noise = {each["source"]: 10 ** (-each["sqnr_db"] / 10) for each in trace["sources"]}
+        assert noise["inputs: clipping"] < 1e-19  # each token has its own scale
+        assert noise["inputs: rounding"] == noise["inputs"]
+        assert noise["weights"] == pytest.approx(noise["weights: rounding"], rel=0.02)
+        alone, whole = (10 ** (-trace[key] / 10) for key in ("alone_db", "output_db"))
+        assert alone == pytest.approx(noise["weights"] + noise["inputs"], rel=0.1)
+        assert whole == pytest.approx(alone + noise["earlier modules"], rel=0.25)
+        for key in ("worst_outputs", "worst_inputs", "worst_tokens"):
+            shares = [worst["share"] for worst in trace[key]]
+            assert len(shares) == 5
+            assert 0.3 > shares[0] >= shares[-1] > 0
+            assert shares == sorted(shares, reverse=True)
+    assert first["input_db"] == 200
+    assert 25 < down["output_db"] < down["input_db"] + 5 < 45
+    assert all(worst["text"] for worst in down["worst_tokens"])

@@ -38,6 +38,8 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
                 out.line(f"  {what:<34}{value}")
         out.line()
     _layers(out, (report.get("run") or {}).get("layers") or [])
+    for trace in (report.get("run") or {}).get("traces") or []:
+        _trace(out, trace)
     _change(out, report.get("baseline"))
     _compared(out, report)
     notes = words.spread(words.notes(report))
@@ -180,6 +182,15 @@ def _layers(out: Output, layers: list[dict[str, Any]]) -> None:
     failed = sum(not words.is_ok(layer) for layer in layers)
     counted = f"; {failed} of {count(layers, 'layer')} FAILED" if failed else ""
     out.line(f"layer output {words.decibels(worst.get('sqnr_db'))} at worst, {worst['layer']}{counted}")
+
+
+def _trace(out: Output, trace: dict[str, Any]) -> None:
+    """One module: what comes in, what goes out, and the sources of its error."""
+    out.line()
+    out.line(f"module       {words.literal(trace['module'])}")
+    for what, value in words.trace_facts(trace):
+        out.line(f"  {what:<34}{value}")
+    out.line()
 
 
 def _checks(out: Output, report: dict[str, Any]) -> None:

@@ -128,6 +128,7 @@ class Verifying(TypedDict, total=False):
     data: PathLike | Sequence[PathLike] | None
     samples: int
     length: int
+    layer: str | Sequence[str] | None
     tp: str
     recipe: PathLike | None
     min_sqnr: float | None
@@ -269,17 +270,18 @@ def verify_options(checkpoints: Sequence[PathLike], options: Mapping[str, Any]) 
     """The options of `verify` as the functions below the API take them."""
     first, *others = map(str, checkpoints)
     named = {
-        name: _as_field(options[_AS_TYPED.get(name, name)], hint) for name, hint in _FIELDS.items()
+        name: _as_field(name, options[_AS_TYPED.get(name, name)], hint)
+        for name, hint in _FIELDS.items()
     }
     return VerifyOptions(first, tuple(others), **named)
 
 
-def _as_field(value: Any, hint: Any) -> Any:
+def _as_field(name: str, value: Any, hint: Any) -> Any:
     """A path as a field has it: as Path or as text; one or several of them as a list of texts."""
     if list[str] in get_args(hint) and value is not None:
         several = [value] if isinstance(value, str | os.PathLike) else value
         for each in several:
-            check("data", each, PathLike)
+            check(name, each, PathLike)
         return [*map(str, several)]
     if isinstance(value, str | os.PathLike):
         return Path(value) if Path in get_args(hint) else str(value)

@@ -56,7 +56,7 @@ def thread_pool(workers: int) -> Iterator[ThreadPoolExecutor]:
     dropped, and running ones are awaited. MachineError if a thread cannot be started.
     """
     with one_thread():
-        _keep_freed_memory()
+        keep_freed_memory()
         pool = _Pool(workers, "quantcli", initializer=set_one_thread)
         try:
             yield pool
@@ -118,7 +118,7 @@ def _set(number: int) -> None:
     torch.set_num_threads(number)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory for the next row block.
 
     By default it returns buffers of a few megabytes to the kernel, which clears the pages when they

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats, decompose
+from quantcli.schemes import half
 from quantcli.schemes.arithmetic.clipping import INT4, least_error
 from quantcli.schemes.arithmetic.kronecker import LARGEST_CONDITION
 from quantcli.schemes.base import Learner, LearningTask
@@ -119,23 +120,19 @@ class _Side:
     ) -> None:
         self.size = size
         self._block = size // blocks
-        self._first = [
-            torch.stack([_random_orthogonal(self._block, generator) for _ in range(blocks)]).to(device)
-            for _ in "UV"
-        ]
-        self._above = torch.triu_indices(self._block, self._block, 1, device=device)
-        self._turns = [torch.zeros(blocks, self._above.shape[1], device=device) for _ in "UV"]
+        # of U and V, one behind the other: [2, blocks, block, block]
+        first = [_random_orthogonal(self._block, generator) for _ in range(2 * blocks)]
+        self._first = torch.stack(first).view(2, blocks, self._block, self._block).to(device)
+        self._turns = torch.zeros_like(self._first)  # only what is above the diagonals counts
         self._stretch = torch.full((size,), math.log(math.e - 1), device=device)  # softplus: 1
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [*self._turns, self._stretch]
+        return [self._turns, self._stretch]
 
     def both(self) -> tuple[Tensor, Tensor]:
         """M and its inverse."""
-        u, v = (
-            first @ self._cayley(turn) for first, turn in zip(self._first, self._turns, strict=True)
-        )
+        u, v = self._first @ self._rotations()
         d = F.softplus(self._stretch).view(-1, 1, self._block)
         return _on_diagonal((u * d) @ v.mT), _on_diagonal((v / d) @ u.mT)
 
@@ -144,15 +141,13 @@ class _Side:
         d = F.softplus(self._stretch.detach())
         return float(d.amax() / d.amin())
 
-    def _cayley(self, turn: Tensor) -> Tensor:
-        """(I + A / 2)^-1 (I - A / 2) of the skew matrices with `turn` above their diagonals."""
-        skew = turn.new_zeros(len(turn), self._block, self._block)
-        each = torch.arange(len(turn), device=turn.device).unsqueeze(1)
-        skew = skew.index_put((each, *self._above), turn)
-        skew = (skew - skew.mT) / 2
-        one = torch.eye(self._block, device=turn.device)
-        rotation: Tensor = torch.linalg.solve(one + skew, one - skew)
-        return rotation
+    def _rotations(self) -> Tensor:
+        """(I + A / 2)^-1 (I - A / 2) of the skew matrices A with `turns` above their diagonals."""
+        above = self._turns.triu(1)
+        skew = (above - above.mT) / 2
+        one = torch.eye(self._block, device=skew.device)
+        rotations: Tensor = torch.linalg.solve(one + skew, one - skew)
+        return rotations
 
 
 def _on_diagonal(blocks: Tensor) -> Tensor:
@@ -190,18 +185,18 @@ class KroneckerLearner(Learner):
         """lr: of the transforms. alpha: how much of outlier channels moves into the weights. blocks: on
         the diagonal of the left transform."""
         self._rounding = rounding
-        self._weights = {key: weight.detach().float() for key, weight in task.weights.items()}
+        weights = [weight.detach().float() for weight in task.weights.values()]
+        # of all matrices, one below the other: they are multiplied at once
+        self._weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        self._places = {key: place for place, key in enumerate(task.weights)}
+        self._heights = [len(weight) for weight in weights]
         self._engine_dtype = task.engine_dtype
         self._lr = lr
-        first = next(iter(self._weights.values()))
-        device, (left, right) = first.device, decompose(first.shape[1], blocks)
+        device, (left, right) = self._weight.device, decompose(self._weight.shape[1], blocks)
         self._left = _Side(left, task.generator, device, blocks)
         self._right = _Side(right, task.generator, device)
         self._clip = torch.full((1,), _OPEN, device=device)
-        self._rows = {
-            key: torch.full((len(weight), 1), _OPEN, device=device)
-            for key, weight in self._weights.items()
-        }
+        self._rows = torch.full((len(self._weight), 1), _OPEN, device=device)
         self._clips_rows = clips_rows
         self._channels: Tensor | None = None  # log of the scales
         self._scalable = task.scalable
@@ -215,7 +210,7 @@ class KroneckerLearner(Learner):
 
     def _first_scales(self, amax: Tensor, alpha: float) -> Tensor:
         """log of max |w|^(1 - alpha) / max |x|^alpha of each channel."""
-        columns = torch.stack([weight.abs().amax(0) for weight in self._weights.values()]).amax(0)
+        columns = self._weight.abs().amax(0)
         weight, seen = columns.clamp_min(_LEAST_AMAX).log(), amax.clamp_min(_LEAST_AMAX).log()
         scale = (1 - alpha) * weight - alpha * seen
         scale = torch.where(amax > 0, scale, scale.median())
@@ -226,27 +221,22 @@ class KroneckerLearner(Learner):
 
     def _start_clips(self) -> None:
         """The first clips of rows: those with the least squared error of their weights."""
-        for key, rows in self._transformed(self._left.both()[1], self._right.both()[1]).items():
-            share = self._rounding.first_clips(rows)
-            self._rows[key] = share.clamp(_NARROWEST, _WIDEST).logit()
+        rows = self._transformed(self._left.both()[1], self._right.both()[1])
+        self._rows = self._rounding.first_clips(rows).clamp(_NARROWEST, _WIDEST).logit()
 
-    def _transformed(self, left_inverse: Tensor, right_inverse: Tensor) -> dict[Hashable, Tensor]:
-        """The weights as they are rounded: L^-1 W R^-T, each row of W seen as [l, r]."""
-        scale = None if self._channels is None else self._channels.exp()
-        transformed = {}
-        for key, weight in self._weights.items():
-            grid = weight if scale is None else weight / scale
-            grid = grid.reshape(-1, self._right.size) @ right_inverse.mT
-            grid = left_inverse @ grid.view(-1, self._left.size, self._right.size)
-            transformed[key] = grid.reshape(weight.shape)
-        return transformed
+    def _transformed(self, left_inverse: Tensor, right_inverse: Tensor) -> Tensor:
+        """The weights as they are to be rounded: L^-1 W R^-T, each row of W seen as [l, r]."""
+        grid = self._weight if self._channels is None else self._weight / self._channels.exp()
+        grid = grid.reshape(-1, self._right.size) @ right_inverse.mT
+        grid = left_inverse @ grid.view(-1, self._left.size, self._right.size)
+        return grid.reshape(self._weight.shape)
 
     def _all(self) -> list[Tensor]:
         learned = [*self._left.parameters, *self._right.parameters]
         if self._rounding.clips:
             learned.append(self._clip)
         if self._clips_rows:
-            learned += self._rows.values()
+            learned.append(self._rows)
         if self._channels is not None and self._scalable == "freely":
             learned.append(self._channels)
         return learned
@@ -254,7 +244,7 @@ class KroneckerLearner(Learner):
     def parameters(self) -> list[dict[str, Any]]:
         """Groups for the optimizer: clips learn ten times as fast."""
         clips = [self._clip] if self._rounding.clips else []
-        clips += self._rows.values() if self._clips_rows else []
+        clips += [self._rows] if self._clips_rows else []
         others = [p for p in self._all() if not any(p is clip for clip in clips)]
         return [
             {"params": others, "lr": self._lr},
@@ -267,18 +257,13 @@ class KroneckerLearner(Learner):
         """Make this step's matrices; the leaves that `linear` uses."""
         left, left_inverse = self._left.both()
         right, right_inverse = self._right.both()
-        clip = self._clip.sigmoid()
-        rounded = []
-        for key, rows in self._transformed(left_inverse, right_inverse).items():
-            share = self._rows[key].sigmoid() if self._clips_rows else None
-            rounded.append(self._rounding.rows(rows, share))
-        shared = [left, right, clip]
+        rows = self._transformed(left_inverse, right_inverse)
+        share = self._rows.sigmoid() if self._clips_rows else None
+        tensors = [left, right, self._clip.sigmoid(), self._rounding.rows(rows, share)]
         if self._channels is not None:
-            shared.append(self._channels.exp())
-        tensors = [*shared, *rounded]
+            tensors.append(self._channels.exp())
         self._leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
         self._graph = [tensor for tensor in tensors if tensor.requires_grad]
-        self._leaf_of = dict(zip(self._weights, self._leaves[len(shared) :], strict=True))
         self._local = threading.local()
         return [leaf for leaf in self._leaves if leaf.requires_grad]
 
@@ -286,15 +271,16 @@ class KroneckerLearner(Learner):
         """x [..., k] -> [..., n] with rounded inputs and weights."""
         seen = getattr(self._local, "seen", None)
         if seen is None or seen[0] is not x:
-            seen = self._local.seen = (x, self._inputs(x))
-        bias = None if bias is None else bias.float()
-        return F.linear(seen[1], self._leaf_of[key], bias).to(x.dtype)
+            outputs = half.product(self._inputs(x), self._leaves[3])
+            seen = self._local.seen = (x, torch.split(outputs, self._heights, -1))
+        y: Tensor = seen[1][self._places[key]]
+        return (y if bias is None else y + bias.float()).to(x.dtype)
 
     def _inputs(self, x: Tensor) -> Tensor:
         left, right, clip = self._leaves[:3]
         values = x.float()
         if self._channels is not None:
-            values = values * self._leaves[3]
+            values = values * self._leaves[4]
         inner = (values.reshape(-1, self._right.size) @ right).view(-1, len(left), len(right))
         # (L^T X R)^T: one large product instead of many small ones
         inner = inner.transpose(1, 2) @ left
@@ -342,5 +328,6 @@ class KroneckerLearner(Learner):
                 "clip_ratio": self._clip.sigmoid() if self._rounding.clips else torch.ones(1),
             }
             if self._clips_rows:
-                learned["weight_clip"] = self._rows[key].sigmoid()
+                rows = torch.split(self._rows, self._heights)[self._places[key]]
+                learned["weight_clip"] = rows.sigmoid()
         return {name: tensor.detach().cpu().contiguous() for name, tensor in learned.items()}

@@ -39,6 +39,7 @@ from quantcli.verification.edits import (
     choose,
     fit,
     hidden_columns,
+    text_of,
 )
 from quantcli.verification.limits import Limits
 from quantcli.verification.outcome import CONVERT, ModuleReport, TensorCounts
@@ -51,6 +52,8 @@ from quantcli.verification.reference import (
     difference,
     other_model,
 )
+from quantcli.verification.rotation.source import TURNED_BOUNDS, RotatedSource, fault_of, is_rotated
+from quantcli.verification.rotation.turned import Constant, Turned
 from quantcli.verification.spread.pool import Pool
 from quantcli.verification.structure import Structure, faults_of_model, layer_of
 
@@ -59,8 +62,16 @@ _OF_NORMS = (".weight", ".gamma")
 _LARGE = 1000  # modules: in a larger model, only the worst keep their histograms in the report
 
 
-def verify_against(structure: Structure, reference: Reference, pool: Pool, progress: Progress) -> None:
-    """Compare every tensor; findings and modules go to the report.
+def verify_against(
+    structure: Structure,
+    reference: Reference,
+    pool: Pool,
+    progress: Progress,
+    *,
+    trust: bool = False,
+) -> None:
+    """Compare every tensor; findings and modules go to the report. trust: the model's own code may run,
+    which tells what its stream is if that was rotated.
 
     Each quantized weight must reach the limit `min_sqnr`, or the bound of its codes if there is none.
     Memory: a few row blocks for each worker.
@@ -75,6 +86,11 @@ def verify_against(structure: Structure, reference: Reference, pool: Pool, progr
         return
     report.excuse(faults_of_model(reference, str(stored.checkpoint.path)))
     ours = Reference(split_experts(stored.checkpoint), None, stored)  # experts may be stored together
+    if is_rotated(ours.checkpoint, reference.checkpoint):
+        source = RotatedSource(ours, reference, trust_remote_code=trust)
+        report.add(source.findings)
+        reference = source.reference
+        report.count("rotation", source.count)
     report.add(compare_names(ours, reference))
     report.add(compare_cache(ours.cache, reference.cache))
     report.add(compare_files(stored.checkpoint, reference.checkpoint))
@@ -171,20 +187,22 @@ class _Layer:
             self.bounds[module] = bounds_of(other.layout.operand)
             return
         before, after = reference.checkpoint.tensors[name], self.ours.checkpoint.tensors[name]
-        what = difference(before, after)
+        rotated = isinstance(before, Turned | Constant)
+        what = fault_of(before, after) if rotated else difference(before, after)
         floats = not {before.spec.dtype, after.spec.dtype} - FLOATS
         editable = floats and before.spec.shape == after.spec.shape and layer_of(name) is not None
         if what is None:
-            counts.equal += 1
+            counts.equal += not rotated
+            counts.edited += rotated
         elif editable and len(before.spec.shape) == 2 and name.endswith(".weight"):
-            self.bounds[module] = FLOAT_BOUNDS
+            self.bounds[module] = TURNED_BOUNDS if rotated else FLOAT_BOUNDS
             counts.edited += 1
             return
         elif editable and len(before.spec.shape) == 1:
             self.vectors[name] = read_tensor(before), read_tensor(after)
             counts.edited += 1
         else:
-            yield failed("copies", what, f"`{name}`", CONVERT)
+            yield failed("rotation" if rotated else "copies", what, f"`{name}`", CONVERT)
         self.progress.advance(reference.nbytes(name))
 
     def _compare(self, group: Sequence[str], norms: Sequence[Candidate]) -> Iterator[Finding]:
@@ -244,7 +262,11 @@ class _Layer:
         default = bounds.sqnr_db
         if isinstance(reference, StoredModule):
             default = min(default, bounds_of(reference.layout.operand).sqnr_db)
-        return default if bounds is FLOAT_BOUNDS else self.limits.least("min_sqnr", default)
+        return (
+            default
+            if bounds in {FLOAT_BOUNDS, TURNED_BOUNDS}
+            else self.limits.least("min_sqnr", default)
+        )
 
     def _report(
         self, module: str, comparison: Comparison, limit: float, factors: FittedFactors | None
@@ -252,7 +274,7 @@ class _Layer:
         """Report one matrix, and its fault if it has one."""
         reference, ours = self.reference.weight(module), self.ours.weight(module)
         bounds = self.bounds[module]
-        quantized = bounds is not FLOAT_BOUNDS
+        quantized = bounds not in {FLOAT_BOUNDS, TURNED_BOUNDS}
         codes_differ, scale_ratio = compare_codes(reference, ours)
         report = ModuleReport(
             module=module,
@@ -265,7 +287,7 @@ class _Layer:
             outlier_channels=comparison.outlier_channels,
             histogram=comparison.histogram,
             limit_db=limit,
-            edited=_text_of(factors) if factors else None,
+            edited=text_of(factors) if factors else None,
             codes_differ=codes_differ,
             scale_ratio=scale_ratio,
         )
@@ -308,16 +330,6 @@ def _vectors(
         if not torch.allclose(after.float(), before.float() * factors, rtol=2.0**-6, atol=1e-30):
             what = "changed in another way than the weight of its module"
             yield failed("edits", what, f"`{name}`", CONVERT)
-
-
-def _text_of(factors: FittedFactors) -> str:
-    """The rows and columns that were multiplied, and the range of their factors."""
-    texts = []
-    for axis, values in (("rows", factors.rows), ("columns", factors.columns)):
-        some = values[values != 1]
-        if len(some):
-            texts.append(f"{len(some)} {axis} x {float(some.min()):.4g}..{float(some.max()):.4g}")
-    return ", ".join(texts)
 
 
 _DAMAGE = "this is damage, not rounding: copy the checkpoint again, or convert the model again"

@@ -88,18 +88,23 @@ def verify(
     if options.run:
         from quantcli.verification.on_text.corpus import read_texts, text_sources
         from quantcli.verification.on_text.run import verify_run
+        from quantcli.verification.on_text.trace import check_modules
+
+        check_modules(structure.stored, options.layer or ())
 
         # before the long comparison of weights: an error in the text is reported at once
         trust = options.trust_remote_code
         corpus = read_texts(text_sources(options), reference.checkpoint, progress, trust=trust)
     both = weight_files([structure.stored.checkpoint, reference.checkpoint])
-    verify_against(structure, reference, Pool(task_workers, cluster, both), progress)
+    pool = Pool(task_workers, cluster, both)
+    verify_against(structure, reference, pool, progress, trust=options.trust_remote_code)
     if conversion is not None:
         read = source_files(conversion.plan, conversion.plan.shards)
         conversion.run(report, Pool(task_workers, cluster, (*both, *read)), progress)
     unreadable = any(error.check in {"headers", "index", "parameters"} for error in report.errors)
     if options.run and not unreadable and not _unread(structure.stored):
-        verify_run(structure, reference, corpus, workers, progress, trust=trust)
+        traced = options.layer or ()
+        verify_run(structure, reference, corpus, workers, progress, trust=trust, traced=traced)
     return report
 
 

@@ -237,6 +237,16 @@ def hidden_columns(pair: Pair, rows: Tensor) -> Tensor | None:
     return options[best] if float(noise[best, 0]) < float(noise[best, 1]) / 2 else None
 
 
+def text_of(factors: FittedFactors) -> str:
+    """The rows and columns that were multiplied, and the range of their factors."""
+    texts = []
+    for axis, values in (("rows", factors.rows), ("columns", factors.columns)):
+        some = values[values != 1]
+        if len(some):
+            texts.append(f"{len(some)} {axis} x {float(some.min()):.4g}..{float(some.max()):.4g}")
+    return ", ".join(texts)
+
+
 def _read_by(factors: FittedFactors) -> Tensor:
     """Factors of a matrix's inputs [k]. If all rows have one factor and all columns another, only their
     product is known: it may be that of the columns."""

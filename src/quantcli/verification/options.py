@@ -52,6 +52,11 @@ class VerifyOptions:
     )
     samples: int = _option("Windows of each text.", 32, min=1)
     length: int = _option("Tokens of each window.", 256, min=2)
+    layer: list[str] | None = _option(  # noqa: RUF009
+        "Trace a module on the text: its input, its output, and where the error comes from. May be "
+        "given several times.",
+        metavar="MODULE",
+    )
     tp: str = _option("Tensor parallel sizes to serve with, as in 1,2,4,8.", "1", metavar="SIZES")
     recipe: str | None = _option("Your recipe: its `verify` block sets limits.", metavar="FILE")
     min_sqnr: float | None = _option("Least SQNR of each weight, dB.")
@@ -95,8 +100,9 @@ class VerifyOptions:
         if self.not_worse and not (self.run and (self.others or self.baseline)):
             what = "--not-worse compares runs on text, and there is one"
             raise InputError(what, fix="add --run, and another checkpoint or --baseline OLD.json")
+        of_run = {"--data": self.data or None, "--layer": self.layer or None}
         with_against = {"--recipe": self.recipe, "--calibration": self.calibration}
-        for option, value in {"--data": self.data or None, **with_against, **limits}.items():
+        for option, value in {**of_run, **with_against, **limits}.items():
             with_run = option != "--min-sqnr" and option not in with_against
             other = "--run" if with_run else "--against MODEL"
             if value is not None and not (self.run if with_run else self.against is not None):

@@ -40,6 +40,7 @@ CHECKS: dict[str, tuple[Depth, str]] = {
     "arithmetic": ("full", "derived numbers agree with those that they are derived from"),
     "source": ("against", "tensors, files and keys of config.json are the other model's, no more"),
     "copies": ("against", "tensors that stay are the same, byte for byte, or edited for a reason"),
+    "rotation": ("against", "one orthogonal matrix explains all tensors of the residual stream"),
     "edits": ("against", "a division in one place is compensated by a multiplication in another"),
     "sqnr": ("against", "each weight is as near to the other model's as its type allows"),
     "recomputed": ("against", "codes and scales are, bit by bit, what the recipe makes of the source"),

@@ -22,12 +22,13 @@ from quantcli.calibration.methods.base import LayerWork, Measurement, Method
 from quantcli.calibration.policy import Policy, unreached
 from quantcli.calibration.replay.engine import Quantizer
 from quantcli.calibration.replay.skeleton import Segments
-from quantcli.calibration.replay.taps import Matrix, Tap
+from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
 from quantcli.calibration.shown import quantized
 from quantcli.core.errors import InputError
 from quantcli.core.exact import exact
 from quantcli.core.numerics import Stats
 from quantcli.planning.measured import EditFactors
+from quantcli.schemes import half
 from quantcli.schemes.arithmetic.observers import ChannelAmax, Summary
 from quantcli.schemes.base import Learner, LearningTask, Scalable, Schedule, Scheme
 
@@ -116,12 +117,12 @@ class Course:
 
     def _step(self, numbers: list[int]) -> float:
         """Learn from some batches. Returns their loss before."""
-        leaves_of = [learner.begin() for learner in self._each]
+        leaves_of = self._begun()
         leaves = [leaf for some in leaves_of for leaf in some]
 
         def work(number: int) -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                error, size = self._error(number, Tap(self._matrices, _Student(self._learners)))
+                error, size = self._error(number, self._student())
                 gradients = torch.autograd.grad(
                     error, leaves, allow_unused=True, materialize_grads=True
                 )
@@ -139,26 +140,38 @@ class Course:
                 where="what its scheme learns",
                 fix="take a smaller `lr`, or set calibration.dtype to float32",
             )
-        start = 0
-        for learner, some in zip(self._each, leaves_of, strict=True):
+        gradients = iter(summed)
+        its_own = [[next(gradients) for _ in some] for some in leaves_of]
+
+        def end(place: int) -> None:
+            learner = self._each[place]
             try:
-                learner.end(summed[start : start + len(some)])
+                learner.end(its_own[place])
             except InputError as error:
                 modules = ", ".join(
                     f"`{m.parameter.removesuffix('.weight')}`" for m in self._of(learner)
                 )
                 raise InputError(error.what, where=modules, fix=error.fix) from None
-            start += len(some)
+
+        self._replay.each(end, range(len(self._each)), counted=False)
         return float(loss)
+
+    def _student(self) -> Tap:
+        """The layer with its learners, for one forward."""
+        return Tap(self._matrices, _Student(self._learners, self._matrices))
+
+    def _begun(self) -> list[list[Tensor]]:
+        """The leaves of each learner, which each has on a thread of its own."""
+        count = range(len(self._each))
+        return self._replay.each(lambda place: self._each[place].begin(), count, counted=False)
 
     def _of(self, learner: Learner) -> list[Matrix]:
         return [matrix for matrix, its in self._learners.items() if its is learner]
 
     def loss(self) -> float:
         """With the present state of the learners."""
-        for learner in self._each:
-            learner.begin()
-        return self._loss(lambda: Tap(self._matrices, _Student(self._learners)))
+        self._begun()
+        return self._loss(self._student)
 
     def served_loss(self, quantizer: Quantizer) -> float:
         """With the engine's arithmetic."""
@@ -200,12 +213,18 @@ class Course:
 class _Student:
     """A listener that computes with the learners."""
 
-    def __init__(self, learners: Mapping[Matrix, Learner]) -> None:
+    def __init__(self, learners: Mapping[Matrix, Learner], matrices: Matrices) -> None:
         self._learners = learners
+        self._matrices = matrices
 
     def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
         learner = self._learners.get(matrix)
-        return None if learner is None else learner.linear(matrix, x, bias)
+        if learner is not None:
+            return learner.linear(matrix, x, bias)
+        if not x.requires_grad:
+            return None
+        y = half.product(x, self._matrices.weight(matrix))
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 @dataclass(frozen=True)

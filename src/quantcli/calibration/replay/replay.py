@@ -35,7 +35,7 @@ from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.memory.shortage import is_out_of_memory, machine_fault
-from quantcli.core.threads import one_thread, set_one_thread
+from quantcli.core.threads import keep_freed_memory, one_thread, set_one_thread
 
 T = TypeVar("T")
 Tap = Callable[[int], AbstractContextManager[Any]]  # entered around the forward of a batch
@@ -282,6 +282,7 @@ class Replay:
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         """The same threads for all layers: new ones would each begin to fill memory of their own."""
+        keep_freed_memory()
         return ThreadPoolExecutor(self._workers, "replay", initializer=set_one_thread)
 
     def _failed(self, who: str, error: Exception) -> QuantError:

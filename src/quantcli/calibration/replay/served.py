@@ -6,14 +6,14 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantcli.calibration.replay.cache import entering
 from quantcli.calibration.replay.calls import Carry
@@ -26,7 +26,7 @@ from quantcli.calibration.replay.states import (
     final_file,
     states_file,
 )
-from quantcli.calibration.replay.taps import Matrices, Tap
+from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.header import StoredTensor
@@ -45,6 +45,7 @@ from quantcli.targets.kv_cache import CachePart, sides_of
 class Served:
     """A quantized checkpoint of any producer, as the engine loads it.
 
+    modules: the quantized ones, by name.
     notes: on kernels of the engine that compute otherwise.
     dtype: in which to run it: float32, or the serving dtype if MXFP8 weights alone are rounded, which
            changes little more than the serving dtype itself does.
@@ -53,7 +54,7 @@ class Served:
     def __init__(self, stored: StoredCheckpoint, target: Target) -> None:
         """InputError for a type whose arithmetic this version does not have."""
         self.checkpoint = _unpacked(stored)
-        self._modules = stored.modules
+        self.modules = stored.modules
         self._target = target
         self.cache = _cache(stored)
         used = {module.numerics for module in stored.modules.values() if module.numerics}
@@ -91,17 +92,17 @@ class Served:
     def read(self, stored: StoredTensor) -> Tensor:
         """A float tensor as it is; a quantized weight as its codes times scales."""
         module, _, suffix = stored.spec.name.rpartition(".")
-        if suffix != "weight" or module not in self._modules:
+        if suffix != "weight" or module not in self.modules:
             return read_tensor(stored)
         scheme, parts = self._parts(module)
         return scheme.dequantize(parts)
 
     def quantizer(self, module: str, rows: Tensor, bias: Tensor | None) -> tuple[Scheme, Parts] | None:
         """The scheme and the stored parts of a module; None if it is float."""
-        return self._parts(module) if module in self._modules else None
+        return self._parts(module) if module in self.modules else None
 
     def _parts(self, module: str) -> tuple[Scheme, Parts]:
-        stored_module = self._modules[module]
+        stored_module = self.modules[module]
         scheme = _scheme(stored_module.numerics)
         assert scheme is not None  # checked when it was opened
         tensors = {s: read_tensor(t) for s, t in stored_module.tensors.items() if s != "bias"}
@@ -198,6 +199,20 @@ def _scheme(numerics: Numerics | None) -> Scheme | None:
     return next((scheme for scheme in candidates if scheme is not None), None)
 
 
+class _Heard:
+    """A listener that keeps what one matrix reads, and lets the engine compute."""
+
+    def __init__(self, matrix: Matrix, engine: EngineLinears | None) -> None:
+        self.inputs: list[Tensor] = []  # [tokens, k] each
+        self._matrix = matrix
+        self._engine = engine
+
+    def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        if matrix == self._matrix:
+            self.inputs.append(x.reshape(-1, x.shape[-1]).clone())
+        return None if self._engine is None else self._engine.linear(matrix, x, bias)
+
+
 class Forward:
     """Batches on their way through a model, one decoder layer in memory, hidden states on disk."""
 
@@ -269,24 +284,12 @@ class Forward:
 
         other: run it over these as well, for the batches `only`, and return the outputs.
         """
-        name = self.skeleton.layers[index][0]
         aside: dict[int, Tensor] = {}
 
         def put_aside(number: int, hidden: Tensor, carry: Carry) -> None:
             aside[number] = hidden
 
-        with ExitStack() as stack:
-            layer = stack.enter_context(self.skeleton.loaded(index, self._read, self._device))
-            matrices = Matrices(name, layer, self.skeleton.transposed(index))
-            engine = None
-            if self._served is not None:
-                segments = self.skeleton.segments(index)
-                engine = EngineLinears(matrices, segments, self._served.quantizer)
-
-            cache = None if self._served is None else self._served.cache
-            if cache is not None:
-                segments = self.skeleton.segments(index)
-                stack.enter_context(entering(name, layer, segments, cache.layers, cache.enter))
+        with self._opened(index) as (layer, matrices, engine):
 
             def run(states: States, sink: Sink, only: Sequence[int] | None = None) -> None:
                 tap = None if engine is None else lambda _: Tap(matrices, engine)
@@ -304,6 +307,47 @@ class Forward:
             old.unlink(missing_ok=True)
         self.states = outputs
         return aside
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[tuple[nn.Module, Matrices, EngineLinears | None]]:
+        """A layer with its weights, its matrices, and the engine's arithmetic if it is quantized."""
+        name = self.skeleton.layers[index][0]
+        with ExitStack() as stack:
+            layer = stack.enter_context(self.skeleton.loaded(index, self._read, self._device))
+            matrices = Matrices(name, layer, self.skeleton.transposed(index))
+            engine = None
+            if self._served is not None:
+                segments = self.skeleton.segments(index)
+                engine = EngineLinears(matrices, segments, self._served.quantizer)
+                cache = self._served.cache
+                if cache is not None:
+                    stack.enter_context(entering(name, layer, segments, cache.layers, cache.enter))
+            yield layer, matrices, engine
+
+    def place(self, index: int, module: str) -> tuple[Matrix, slice] | None:
+        """The matrix of a layer that a stored module is, and its rows; None if it is not in it."""
+        for parameter, experts in self.skeleton.segments(index).items():
+            for expert, parts in enumerate(experts):
+                for part in parts:
+                    if part.module == module:
+                        return Matrix(parameter, expert), slice(part.start, part.stop)
+        return None
+
+    def inputs(self, index: int, matrix: Matrix) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What a matrix of a layer reads, batch by batch: [tokens, k], and its bias [n], if it has one.
+
+        The layer runs over the states of its inputs, which stay.
+        """
+        with self._opened(index) as (layer, matrices, engine):
+            for number in range(len(self.specs)):
+                heard = _Heard(matrix, engine)
+
+                def tap(_: int, heard: _Heard = heard) -> Tap:
+                    return Tap(matrices, heard)
+
+                self._replay.run(index, layer, self.states, None, tap, [number])
+                empty = matrices.weight(matrix).new_empty(0, matrices.weight(matrix).shape[1])
+                yield torch.cat([empty, *heard.inputs]), matrices.bias(matrix)
 
     def logits(self) -> Iterator[Tensor]:
         """Logits [batch, length, vocabulary] of every batch, in order, or what else the model puts out:

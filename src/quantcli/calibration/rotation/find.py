@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -29,6 +29,11 @@ _SEEDS = (0, 1)  # near ties of a router may fall otherwise once, by float32
 def find_places(
     checkpoint: Checkpoint, *, trust_remote_code: bool = False, residual: bool = True
 ) -> Places:
+    """The places of a decoder, see `trace`."""
+    return trace(checkpoint, trust_remote_code=trust_remote_code, residual=residual).places
+
+
+def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False, residual: bool = True) -> Traced:
     """The places of a decoder, found and proved with random weights: none of its own are read.
 
     residual: whether the stream is to be rotated; else only heads are looked for. One layer of each
@@ -39,7 +44,21 @@ def find_places(
     the model.
     """
     with one_thread():
-        return _Search(checkpoint, trust_remote_code=trust_remote_code).places(residual=residual)
+        return _Search(checkpoint, trust_remote_code=trust_remote_code).traced(residual=residual)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a rotation concerns, by names in the model; `places` by names in the checkpoint.
+
+    readers: matrices, with the norm before each. norms: their offsets. pairs: values and outputs.
+    """
+
+    places: Places
+    readers: Mapping[str, str | None]
+    norms: Mapping[str, int]
+    writers: frozenset[str]
+    pairs: tuple[HeadPair, ...]
 
 
 class _Search:
@@ -51,7 +70,7 @@ class _Search:
         self._hidden = self._probe.hidden = hidden.shape[-1]
         self._carried = any(_handed(call) for call in self._calls)
 
-    def places(self, *, residual: bool) -> Places:
+    def traced(self, *, residual: bool) -> Traced:
         """The places, proved; InputError for a stream that cannot be rotated."""
         if residual:
             self._check_whole()
@@ -66,7 +85,13 @@ class _Search:
             fault = self._fault(everywhere, pairs, residual=residual)
         if fault is not None:
             raise self._refusal(fault, "does not give rotated outputs for rotated hidden states")
-        return self._stored(everywhere, pairs)
+        return Traced(
+            self._stored(everywhere, pairs),
+            everywhere.readers,
+            everywhere.offsets,
+            frozenset(everywhere.writers),
+            tuple(pairs),
+        )
 
     def _refusal(self, where: str, what: str) -> InputError:
         return InputError(

@@ -24,6 +24,7 @@ from quantcli.verification.on_text.reports import (
     RunReport,
     TextReport,
     TokenReport,
+    TraceReport,
     WindowReport,
 )
 from quantcli.verification.on_text.tokens import Texts, moved_tokens
@@ -89,6 +90,7 @@ class Windows:
         self,
         names: Sequence[tuple[str, str]],
         layers: list[LayerReport],
+        traces: list[TraceReport],
         moved: Callable[[], list[TokenReport]] = list,
     ) -> RunReport:
         """All figures, rounded. names: name and sha256 (hex) of each text. moved: gives the tokens that
@@ -106,6 +108,7 @@ class Windows:
             **_own(self.figures()),
             windows=[_rounded(report) for report in self.reports],
             layers=layers,
+            traces=traces,
             texts=texts,
             moved_tokens=moved(),
         )

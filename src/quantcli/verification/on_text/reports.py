@@ -81,6 +81,57 @@ class TokenReport:
     change: float
 
 
+@dataclass(frozen=True)
+class SourceReport:
+    """One source of a module's error. source: what it is. sqnr_db: of the outputs with it alone."""
+
+    source: str
+    sqnr_db: float
+
+
+@dataclass(frozen=True)
+class WorstReport:
+    """A channel or a token of a module. number: of the channel; of the token: in all text.
+
+    share: of the error of all channels, or tokens. text: of the token; None for a channel.
+    window: of the token; None for a channel.
+    """
+
+    number: int
+    sqnr_db: float
+    share: float
+    text: str | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class TraceReport:
+    """Where the error of one module comes from. All SQNR are of its outputs, but for `input_db`.
+
+    numerics:  how it is quantized. edited: how its weights were multiplied before; None: they were not.
+    tokens:    that it reads.
+    input_db:  SQNR of its inputs, with the errors of all modules before; None if it reads other tokens.
+    output_db: with all errors, likewise. alone_db: on the other model's inputs.
+    sources:   "earlier modules", "weights" and "inputs", and what clipping and rounding do in both.
+               Those that are not known, as of a rotated weight, are left out.
+    worst_outputs: its channels with the largest error. worst_inputs: channels of its input whose
+               weights bring in the largest error. worst_tokens: those with the largest error.
+    """
+
+    module: str
+    label: str
+    numerics: str
+    edited: str | None
+    tokens: int
+    input_db: float | None
+    output_db: float | None
+    alone_db: float | None
+    sources: list[SourceReport]
+    worst_outputs: list[WorstReport]
+    worst_inputs: list[WorstReport]
+    worst_tokens: list[WorstReport]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """How outputs differ over some windows. Figures of predictions are None if the models make none.
@@ -120,9 +171,11 @@ class RunReport(Figures):
 
     windows: the pieces of text that ran, text by text.
     moved_tokens: those whose log-probability moved most, largest change first.
+    traces:  of single modules, as they were asked for.
     """
 
     windows: list[WindowReport] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
     texts: list[TextReport] = field(default_factory=list)
     moved_tokens: list[TokenReport] = field(default_factory=list)
+    traces: list[TraceReport] = field(default_factory=list)

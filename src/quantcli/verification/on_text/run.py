@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +26,7 @@ from quantcli.verification.limits import Limits
 from quantcli.verification.on_text.corpus import Corpus
 from quantcli.verification.on_text.figures import FINER, Outputs, Predictions, by_text
 from quantcli.verification.on_text.reports import LayerReport, RunReport
+from quantcli.verification.on_text.trace import Tracer
 from quantcli.verification.outcome import Report
 from quantcli.verification.reference import Reference
 from quantcli.verification.structure import Structure
@@ -48,11 +49,12 @@ def verify_run(
     progress: Progress,
     *,
     trust: bool = False,
+    traced: Sequence[str] = (),
 ) -> None:
     """Run both models; findings and figures go to the report, and defaults to limits that are None.
 
     Everything around the quantized modules is computed in the checkpoint's `Served.dtype`. Memory: one
-    layer of each model; hidden states are on disk.
+    layer of each model; hidden states are on disk. traced: modules to trace.
     """
     report = structure.report
     assert structure.stored is not None
@@ -86,7 +88,10 @@ def verify_run(
             report.add([_other_model("numbers of layers", *counts)])
             return
         least = _least_sqnr(structure.stored.modules.values())
-        layers = _layers(report, models[0], models[1], least, progress)
+        tokenizer = tokenizer_of(reference.checkpoint.path, trust_remote_code=trust)
+        tracer = Tracer(ours, reference, corpus, tokenizer.texts)
+        tracer.find(traced, models[1])
+        layers = _layers(report, models[0], models[1], least, progress, tracer)
         if layers is None:
             return
         sums = Predictions(ahead=0 if models[0].skeleton.two_stacks else 1)
@@ -104,24 +109,29 @@ def verify_run(
     if ours.cache is not None:
         report.add(_cache_findings(ours.cache))
         report.count("rounded cache", len(ours.cache.sqnr()))
+    traces = tracer.reports
     named = [*zip(corpus.names, corpus.sha256, strict=True)]
     if not predicts:
-        report.run = outputs.windows.report(named, layers)
+        report.run = outputs.windows.report(named, layers, traces)
         report.add([*_layer_findings(layers), *outputs.findings(report.run)])
         report.count("outputs", outputs.numbers)
         return
     ratio = structure.limits.most("max_ppl_ratio", MAX_PPL_RATIO)
     kl = structure.limits.most("max_kl", MAX_KL)
     report.limits = report.limits.model_copy(update={"max_ppl_ratio": ratio, "max_kl": kl})
-    tokenizer = tokenizer_of(reference.checkpoint.path, trust_remote_code=trust)
-    report.run = sums.windows.report(named, layers, lambda: sums.moved(tokenizer.texts))
+    report.run = sums.windows.report(named, layers, traces, lambda: sums.moved(tokenizer.texts))
     report.add([*_layer_findings(layers), *_findings(report.run, report, structure.limits)])
     report.count("perplexity", report.run.tokens)
     report.count("kl", report.run.tokens)
 
 
 def _layers(
-    report: Report, reference: Forward, ours: Forward, least: float, progress: Progress
+    report: Report,
+    reference: Forward,
+    ours: Forward,
+    least: float,
+    progress: Progress,
+    tracer: Tracer,
 ) -> list[LayerReport] | None:
     """Each layer's SQNR: on the other model's inputs, and on its own, with all errors so far. least: in
     dB.
@@ -137,6 +147,7 @@ def _layers(
         progress.begin_layer(name, index, passes=2)
         for model in (reference, ours):
             model.enter(index)
+        tracer.layer(index, reference, ours, progress)
         progress.phase("checkpoint")
         try:
             own = ours.layer(index, reference.states, batches[:_OWN])

@@ -220,6 +220,32 @@ def layer_facts(layer: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def trace_facts(trace: dict[str, Any]) -> list[tuple[str, str]]:
+    """All facts of a module that was traced but its name: (what, value)."""
+    facts = [
+        ("type", f"{literal(trace['label'])}: {literal(trace['numerics'])}"),
+        ("tokens", number(trace["tokens"])),
+        ("input", decibels(trace["input_db"])),
+        ("output", decibels(trace["output_db"])),
+        ("output on the float input", decibels(trace["alone_db"])),
+    ]
+    if trace["edited"]:
+        facts.append(("edited", literal(trace["edited"])))
+    facts += [(f"error of {each['source']}", decibels(each["sqnr_db"])) for each in trace["sources"]]
+    for key, what in (("worst_outputs", "output"), ("worst_inputs", "input")):
+        worst = [f"{each['number']} ({_of_error(each)})" for each in trace[key][:3]]
+        facts += [(f"worst {what} channels", ", ".join(worst))] if worst else []
+    tokens = [
+        f"{one_line(literal(each['text'], 40))!r} of window {each['window']} ({_of_error(each)})"
+        for each in trace["worst_tokens"][:3]
+    ]
+    return facts + ([("worst tokens", ", ".join(tokens))] if tokens else [])
+
+
+def _of_error(worst: dict[str, Any]) -> str:
+    return f"{decibels(worst['sqnr_db'])}, {percent(worst['share'])} of the error"
+
+
 def worst_rows(module: dict[str, Any], limit: int = 3) -> str:
     """17 (20.1 dB), 3 (22.0 dB)."""
     rows = module.get("worst_rows") or []
