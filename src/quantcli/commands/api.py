@@ -55,9 +55,6 @@ if TYPE_CHECKING:
     from quantcli.core.events import Progress
     from quantcli.planning.plan import Plan
 
-# of a plan, whose options have none: only a budget computes before there is a plan
-_USUAL_RESOURCES = {"device": "cpu", "max_memory": None, "trust_remote_code": False}
-
 Recipe = PathLike | Mapping[str, Any]
 Model = PathLike | LiveModel
 ExampleInputs = Iterable[Any] | Mapping[str, Any] | None
@@ -187,8 +184,8 @@ def _plan(
     recipe: Recipe, given: _Given, out: PathLike | None, options: Mapping[str, Any]
 ) -> PlannedJob[Plan]:
     from quantcli.commands import quantize as commands
-    from quantcli.commands.budget.spending import has_budget, spend
-    from quantcli.commands.recommend import Chosen, choose
+    from quantcli.commands.budget.spending import Request, without_budget
+    from quantcli.commands.recommend import choose
 
     chosen = choose(
         recipe if isinstance(recipe, Mapping) else str(recipe),
@@ -198,26 +195,18 @@ def _plan(
         with_data=given.examples is not None or options["calibration"] is not None,
         progress=given.progress,
     )
-    model, place = given.model, place_of(out)
-    if has_budget(chosen.recipe, chosen.overrides):
-        if given.examples is not None or not isinstance(model, str | None):
-            what = "a budget is spent on a model and a text that are files"
-            raise InputError(what, where="recipe", fix="save the model; name the text as `data`")
-        spent = spend(
-            chosen.recipe,
-            model=model,
-            out=None if place is None else str(place),
-            overrides=chosen.overrides,
-            resources=resources_of({**_USUAL_RESOURCES, **options}),
-            calibration=path_of(options["calibration"]),
-            progress=given.progress,
-        )
-        chosen, model, place = Chosen(spent.recipe, ()), spent.model, spent.out
+    ordinary = without_budget(
+        Request(chosen.recipe, chosen.overrides, given.model, place_of(out)),
+        resources=resources_of(options),
+        calibration=path_of(options["calibration"]),
+        examples=given.examples,
+        progress=given.progress,
+    )
     return commands.plan(
-        chosen.recipe,
-        model=model,
-        out=place,
-        overrides=chosen.overrides,
+        ordinary.recipe,
+        model=ordinary.model,
+        out=ordinary.out,
+        overrides=ordinary.overrides,
         options=JobOptions(
             options["workers"],
             options["fresh"],
@@ -246,8 +235,8 @@ def resources_of(options: Mapping[str, Any]) -> Resources:
     from quantcli.core.threads import default_workers
     from quantcli.recipe.fields import parse_size
 
-    check_device(options["device"])
-    limit = options["max_memory"]
+    device, limit = options.get("device", "cpu"), options.get("max_memory")
+    check_device(device)
     try:
         size = None if limit is None else parse_size(limit)
     except ValueError as error:
@@ -255,8 +244,8 @@ def resources_of(options: Mapping[str, Any]) -> Resources:
         raise InputError(f"`max_memory`: {error}", where=f"max_memory={limit!r}", fix=fix) from None
     workers = options["workers"] or default_workers()
     executor = parse_executor(options.get("executor", THREADS))
-    trust = options["trust_remote_code"]
-    return Resources(options["device"], workers, size, trust, executor, options["workers"])
+    trust = options.get("trust_remote_code", False)
+    return Resources(device, workers, size, trust, executor, options["workers"])
 
 
 @takes(Calibrating)

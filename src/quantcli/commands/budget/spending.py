@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantcli.commands.job import default_name, open_both
 from quantcli.core.disk import write_file
@@ -22,6 +22,7 @@ from quantcli.recipe.written import BUDGET, GivenRecipe, WrittenRecipe, name_of,
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
     from quantcli.calibration.sensitivity.passes import Errors, FloatModel
+    from quantcli.calibration.text.examples import Examples
     from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.commands.budget.measuring import Text
     from quantcli.planning.budget.units import Units
@@ -44,9 +45,44 @@ class Spent:
     report: dict[str, Any]
 
 
-def has_budget(recipe: GivenRecipe, overrides: tuple[str, ...] = ()) -> bool:
-    """Whether a recipe has a budget. InputError for a recipe that cannot be read."""
-    return read_recipe(recipe, overrides).file.budget is not None
+class Request(NamedTuple):
+    """A recipe, what it is applied to, and the place of the result."""
+
+    recipe: GivenRecipe
+    overrides: tuple[str, ...]
+    model: str | Checkpoint | None
+    out: str | Path | None
+
+
+def without_budget(
+    request: Request,
+    *,
+    resources: Resources,
+    calibration: Path | None,
+    progress: Progress,
+    examples: Examples | None = None,
+) -> Request:
+    """The request as it was given, if its recipe has no budget; else with the one that `spend` writes.
+
+    examples: data in place of a text. InputError as `spend` raises it, and for a model in memory or
+    such data, which the recipe that is written could not name.
+    """
+    recipe, overrides, model, out = request
+    if read_recipe(recipe, overrides).file.budget is None:
+        return request
+    if examples is not None or not isinstance(model, str | None):
+        what = "a budget is spent on a model and a text that are files"
+        raise InputError(what, where=name_of(recipe), fix="save the model; name the text as `data`")
+    spent = spend(
+        recipe,
+        model=model,
+        out=None if out is None else str(out),
+        overrides=overrides,
+        resources=resources,
+        calibration=calibration,
+        progress=progress,
+    )
+    return Request(spent.recipe, (), spent.model, spent.out)
 
 
 def spend(
