@@ -36,7 +36,7 @@ CHOICES = {
 def harness(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package, or else the stand-in."""
     if importlib.util.find_spec("lm_eval") is None:
-        monkeypatch.syspath_prepend(ROOT / "tests" / "stand_in")
+        monkeypatch.syspath_prepend(ROOT / "tests" / "stand_in" / "harness")
 
 
 @pytest.fixture
