@@ -19,7 +19,7 @@ from gptq import compared, predictions, windows
 from perplexity import inject
 from quantcli.commands import quantize as commands
 
-INT8 = {"name": "w8a8_dynamic"}
+INT8: dict[str, object] = {"name": "w8a8_dynamic"}
 AWQ, SMOOTH = [{"name": "awq"}], [{"name": "smooth"}]
 
 

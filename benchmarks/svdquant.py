@@ -198,12 +198,11 @@ def judged(
         with skeleton.loaded(index, read_tensor, CPU):
             matrices, after = Matrices(name, layer), {}
             for which, before in states.items():
-                way = next((way for way in tried if way.name == which), None)
                 engine = None
-                if way is not None:
+                if (mine := next((way for way in tried if way.name == which), None)) is not None:
 
                     def quantizer(
-                        module: str, rows: Tensor, bias: Tensor | None, way: Way = way
+                        module: str, rows: Tensor, bias: Tensor | None, way: Way = mine
                     ) -> tuple[Linear, Parts] | None:
                         weight = f"{module}.weight"
                         if weight not in shapes:
@@ -230,10 +229,7 @@ def judged(
             change = (token_log_probs(logits[way.name], batch) - was).abs().double().mean()
             found[way.name][0] += float(kl) / len(text)
             found[way.name][1] += float(change) / len(text)
-    return [
-        (way.name, bits[way.name], squares[way.name] ** 0.5, *found[way.name])  # type: ignore[misc]
-        for way in tried
-    ]
+    return [(way.name, bits[way.name], squares[way.name] ** 0.5, *found[way.name]) for way in tried]
 
 
 def collected(skeleton: Skeleton, data: list[Batch], names: set[str]) -> dict[str, Tensor]:
