@@ -97,7 +97,7 @@ def main() -> None:
             used: dict[str, list[Usage]] = {"ours": [], "theirs": []}
             seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
             for _ in range(options.rounds):
-                remove(ours, theirs)
+                remove(ours, theirs, folder / "ours.calibration")
                 words = conversion(pair.recipe, model, ours, *sets)
                 used["ours"].append(measure(*QUANTCLI, *words, env=env))
                 used["theirs"].append(measure(*command, env=env))
