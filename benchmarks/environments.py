@@ -23,6 +23,10 @@ ENVIRONMENTS = {
     ),
     "quark": (TORCH, "amd-quark==0.13", "transformers==5.24.0", "accelerate==1.15.0"),
     "auto-round": (TORCH, "auto-round==0.16.1", "transformers==5.24.0", "compressed-tensors==0.19.0"),
+    "msmodelslim": (  # it is run from its sources; these are its requirements
+        TORCH, "transformers==4.51.3", "accelerate==1.15.0", "easydict==1.13", "einops==0.8.1",
+        "pydantic==2.12.5", "pygtrie==2.5.0", "requests", "scipy==1.16.3", "wcmatch==10.1",
+    ),
 }  # fmt: skip
 
 

@@ -15,6 +15,9 @@ trained models: the one in examples/ and any that are named.
 The speed is that of one thread that quantizes a bfloat16 row block of the size of a conversion's, in GB
 of bfloat16 per CPU second.
 
+Then what signs of scales gain: the relative squared error of Gaussian weights, beside that of
+llm-compressor's rule (amax / 7.5) and of auto-round's (signed, without a search) on the same numbers.
+
 Then zero points: the relative error of weights whose rows have a mean of up to half a sigma, by
 symmetric codes with searched scales, by the whole range with zero points, by the search for both.
 """
@@ -35,11 +38,12 @@ from torch import Tensor
 from common import ROOT, Line, finish, parser
 from quantcli.core.registry import discover
 from quantcli.schemes.base import Scheme
-from weight_error import maxima
+from weight_error import maxima, theirs
 
 Array = NDArray[np.float64]
 NEAR = 0.1  # percent above the least squared error, at most
 SPEED = 0.4  # GB per CPU second, at least
+GAUSSIAN = 0.935e-2  # relative squared error in groups of 128, at most
 CLIPS = ("mse", "columns")
 ASYMMETRIC = {32: 0.075, 128: 0.0925}  # relative error, at most
 LEAST, MOST = 0.44, 1.1  # of the scale that clips nothing
@@ -69,6 +73,7 @@ def main() -> None:
         for line in error(what, tensors, clip, options.group)
     ]
     lines += [speed(weights["Gaussian"][0], clip, options.group) for clip in CLIPS]
+    lines += signs(random)
     means = random.uniform(-0.5, 0.5, (BLOCK[0], 1))
     lines += zero_points(to_bf16((random.standard_normal(BLOCK) + means) * 0.02))
     finish(lines, as_json=options.json)
@@ -94,6 +99,33 @@ def linears(folder: Path, group: int, count: int) -> list[Tensor]:
 def scheme_of(clip: str, group: int, *, symmetric: bool = True) -> Any:
     """The scheme of the recipes vllm_w4a16 and vllm_w4a16_asym."""
     return discover(Scheme)["w4a16"](group_size=group, clip=clip, symmetric=symmetric)
+
+
+def signs(random: np.random.Generator) -> Iterator[Line]:
+    """Of int4 in groups of 128, and of int8, with scales of both signs and with positive ones."""
+    weights = [to_bf16(random.standard_normal((1024, 2048)) * 0.02) for _ in range(4)]
+
+    def error(name: str, **options: Any) -> float:
+        scheme = discover(Scheme)[name](**options)
+        lost = total = 0.0
+        for weight in weights:
+            parts = scheme.quantize(weight, torch.bfloat16, maxima(scheme, weight))
+            lost += float((scheme.dequantize(parts).double() - weight.double()).square().sum())
+            total += float(weight.double().square().sum())
+        return lost / total
+
+    found = error("w4a16", clip="mse")
+    positive = error("w4a16", clip="mse", signed=False)
+    rounded = error("w4a16", clip="none")
+    other = sum(
+        float((theirs(weight, 7.5, (1, 128)) - weight.double()).square().sum()) for weight in weights
+    ) / sum(float(weight.double().square().sum()) for weight in weights)
+    detail = f"positive scales {positive:.5f}; both signs, nothing clipped, {rounded:.5f}"
+    detail += f"; amax / 7.5, as llm-compressor, {other:.5f}"
+    yield Line("relative squared error, Gaussian, groups of 128", found, "", GAUSSIAN, detail)
+    for group in (32, 128):
+        both, one = (error("w8a16", group_size=group, signed=signed) for signed in (True, False))
+        yield Line(f"int8, groups of {group}: error with both signs", both / one, "x", 1.0)
 
 
 def zero_points(weight: Tensor) -> Iterator[Line]:

@@ -73,24 +73,31 @@ class Text:
 class Cache(Stages):
     """The folder with every stage that is done."""
 
-    def __init__(self, folder: Path, data: Path) -> None:
-        """data: the text to calibrate on."""
+    def __init__(
+        self, folder: Path, data: Path, model: Path | None = None, samples: int = SAMPLES
+    ) -> None:
+        """data: the text to calibrate on; model: another than SmolLM2; samples: of the text."""
         super().__init__(folder)
-        self._data = data
+        self._data, self._samples = data, samples
+        self._other: list[str]  # what keys have besides, for another model
+        if model is not None:
+            self.model, self._identity = model, digest(hashes(model))
+            self._other = [self._identity]
+            return
         python = self.environment("model", MODEL)
         script = PEERS / "smollm2.py"
         key = digest([ENVIRONMENTS["model"], MODEL, script.read_text()])
         self.model = self.keyed(
             "model", "smollm2", key, lambda out: run(out.with_suffix(".log"), python, script, out)
         )
+        self._identity = self.model.name
+        self._other = []
 
     def own_texts(self) -> list[Path]:
         """A text that is in this repository, and prose that every Python has."""
         version = ".".join(map(str, sys.version_info[:2]))
-        paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
-        prose = [text for text in paragraphs if text[:1].isalpha() and not text.endswith(("**", "=="))]
         manual = self.folder / f"manual of Python {version}.txt"
-        manual.write_text("\n\n".join(prose))
+        manual.write_text("\n\n".join(prose()))
         return [ROOT / "examples" / "evaluation.txt", manual]
 
     def text(self, file: Path, windows: int) -> Text:
@@ -111,7 +118,9 @@ class Cache(Stages):
         python = self.environment(subject.tool)
         script = PEERS / f"with_{subject.tool.replace('-', '_')}.py"
         rows = [
-            row for batch in self._windows(self._data, SAMPLES, 0) for row in batch.input_ids.tolist()
+            row
+            for batch in self._windows(self._data, self._samples, 0)
+            for row in batch.input_ids.tolist()
         ]
 
         def make(out: Path) -> None:
@@ -119,7 +128,7 @@ class Cache(Stages):
             windows.write_text(json.dumps(rows))
             run(out.with_suffix(".log"), python, script, self.model, out, subject.what, windows)
 
-        key = digest([ENVIRONMENTS[subject.tool], script.read_text(), rows])
+        key = digest([ENVIRONMENTS[subject.tool], script.read_text(), rows, *self._other])
         return self.keyed("checkpoint", subject.name, key, make)
 
     def _ours(self, subject: Subject) -> Path:
@@ -130,7 +139,7 @@ class Cache(Stages):
             data = self._data.read_text()
             sets += tuple(
                 f"calibration.{key}={value}"
-                for key, value in (("data", self._data), ("samples", SAMPLES), ("length", LENGTH))
+                for key, value in (("data", self._data), ("samples", self._samples), ("length", LENGTH))
             )
 
         def make(out: Path) -> None:
@@ -138,7 +147,7 @@ class Cache(Stages):
 
         code = hashes(Path(quantcli.__file__).parent)
         source = {name: value for name, value in code.items() if name.endswith(".py")}
-        key = digest([source, rules, sets, data])
+        key = digest([source, rules, sets, data, *self._other])
         return self.keyed("checkpoint", subject.name, key, make)
 
     def scores(self, folder: Path, text: Text) -> Array:
@@ -149,7 +158,7 @@ class Cache(Stages):
             with out.open("wb") as stream:
                 np.save(stream, judge(Served.open(folder), self._float(text), text.batches))
 
-        key = digest([self.model.name, files, text.digest])
+        key = digest([self._identity, files, text.digest])
         found: Array = np.load(self.stage(self.folder / "scores" / f"{key}.npy", make))
         return found
 
@@ -157,7 +166,7 @@ class Cache(Stages):
         """The float model's logits [batch, length, vocabulary]; its layers run once for each text."""
         model = open_checkpoint(self.model)
         final = self.stage(
-            self.folder / "scores" / f"float-{digest([self.model.name, text.digest])}.safetensors",
+            self.folder / "scores" / f"float-{digest([self._identity, text.digest])}.safetensors",
             lambda out: save_file(outputs(model, text.batches), out),
         )
         replay = Replay(
@@ -166,8 +175,14 @@ class Cache(Stages):
             device=torch.device("cpu"),
             workers=1,
         )
-        replay.begin(lambda number, hidden: None)
+        replay.begin(lambda number, hidden, carried: None)
         return replay.endings(Outputs(load_file(final)))
+
+
+def prose() -> list[str]:
+    """Paragraphs of the manual that every Python has."""
+    paragraphs = "\n\n".join(topics[name] for name in sorted(topics)).split("\n\n")
+    return [text for text in paragraphs if text[:1].isalpha() and not text.endswith(("**", "=="))]
 
 
 class Outputs:

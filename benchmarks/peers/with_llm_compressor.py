@@ -14,6 +14,7 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform import AWQModifier, SmoothQuantModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from torch.utils.data import DataLoader
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -21,15 +22,9 @@ INT8_STATIC = {
     "weights": INT8 | {"strategy": "channel"},
     "input_activations": INT8 | {"strategy": "tensor", "dynamic": False},
 }
-INT4_G64 = {
-    "weights": {
-        "num_bits": 4,
-        "type": "int",
-        "symmetric": True,
-        "strategy": "group",
-        "group_size": 64,
-    }
-}
+INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+INT4_G64 = {"weights": INT4 | {"group_size": 64}}
+INT4_G128 = {"weights": INT4 | {"group_size": 128}}
 
 
 def linears(modifier: Callable[..., Any], scheme: str | dict[str, Any]) -> Any:
@@ -58,9 +53,12 @@ CELLS: dict[str, Callable[[], list[Any]]] = {
     ],
     "int4-g64-gptq": lambda: [linears(GPTQModifier, INT4_G64)],
     "int4-g64-awq": lambda: [AWQModifier(), linears(QuantizationModifier, INT4_G64)],
+    "int4-g128": lambda: [linears(QuantizationModifier, INT4_G128)],
+    "int4-g128-gptq": lambda: [linears(GPTQModifier, INT4_G128)],
+    "int4-g128-awq": lambda: [AWQModifier(), linears(QuantizationModifier, INT4_G128)],
 }
 DATA_FREE = {
-    "int8-dynamic", "fp8-dynamic", "int4-g64", "nvfp4a16", "mxfp4a16", "mxfp4", "mxfp8",
+    "int8-dynamic", "fp8-dynamic", "int4-g64", "int4-g128", "nvfp4a16", "mxfp4a16", "mxfp4", "mxfp8",
 }  # fmt: skip
 
 
@@ -68,6 +66,8 @@ def main(model: str, out: str, cell: str, windows: str) -> None:
     """Convert, and save in the compressed-tensors format."""
     from transformers import AutoModelForCausalLM
 
+    if not torch.accelerator.is_available():  # AWQ pins memory for one, and fails without it
+        IntermediatesCache.pin_memory = lambda *_, **__: None
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if cell in DATA_FREE:
         oneshot(model=loaded, recipe=CELLS[cell](), pipeline="datafree")

@@ -129,7 +129,7 @@ def logits(path: Path) -> torch.Tensor:
 
 
 def test_it_is_found_and_editors_know_its_options() -> None:
-    known = ["equalize", "kv_cache", "learning", "ranges", "rounding", "smooth"]
+    known = ["awq", "equalize", "kv_cache", "learning", "ranges", "rounding", "smooth"]
     assert list(discover(Method)) == known
     schema = json.loads(recipe_schema())
     recipe = {"target": "ascend", "rules": [{"match": "*", "scheme": "keep"}]}

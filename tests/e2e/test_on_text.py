@@ -11,6 +11,7 @@ import pytest
 import quantcli
 from quantcli.commands import quantize as commands
 from quantcli.core.errors import InputError
+from tests.completions_server import completions, random_scores
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-qwen3"
@@ -71,13 +72,22 @@ def test_a_limit_holds_for_each_text_and_a_text_is_given_once(
     with pytest.raises(InputError, match=r"the text is the same as `.*evaluation\.txt`"):
         quantcli.verify(checkpoints[0], data=[TEXTS[0], twin], **RUN)
     page, traced = tmp_path / "page.html", [FIRST, DOWN]
-    options = {"max_kl": 1e-6, "report": page, "layer": traced}
-    done = quantcli.verify(checkpoints[0], data=TEXTS, **options, **RUN)
+    with completions(random_scores(4096)) as server:  # another model
+        options = {"max_kl": 1e-6, "report": page, "layer": traced, "served": server.address}
+        done = quantcli.verify(checkpoints[0], data=TEXTS, **options, **RUN)
     assert "Each text by itself." in page.read_text()
     check_traces(done.run["traces"])
     assert f"Where the error of <code>{DOWN}</code> comes from" in page.read_text()
     failed = [(each["check"], each["where"]) for each in done.findings if each["severity"] == "error"]
-    assert failed == [("kl", "`evaluation.txt`"), ("kl", "`calibration.txt`")]
+    assert failed[:2] == [("kl", "`evaluation.txt`"), ("kl", "`calibration.txt`")]
+    assert failed[2:] == [("served", f"{server.address}/v1")] * 4  # two limits on two texts
+    served = done.run["served"]
+    assert served["kl"]["mean"] > 1
+    assert served["tokens"] == done.run["tokens"]
+    assert served["replay"]["mean_abs_logprob_change"] > 1
+    assert [text["text"] for text in served["texts"]] == ["evaluation.txt", "calibration.txt"]
+    assert [len(body["prompt"]) for body in server.asked] == [32] * 6
+    assert "server next to the replay, perplexity" in page.read_text()
     with pytest.raises(InputError, match="--not-worse compares runs"):
         quantcli.verify(checkpoints[0], data=TEXTS, not_worse=True, **RUN)
     for module, what in (("q_projj", "is not a quantized module"), ("lm_head", "not a quantized")):

@@ -71,7 +71,7 @@ def test_an_unknown_one_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANTCLI_XYZ", "7")
     result = run_cli("recipes", "--json")
     known = "QUANTCLI_WORKERS, QUANTCLI_DEVICE, QUANTCLI_EXECUTOR, QUANTCLI_CACHE, QUANTCLI_KERNELS"
-    known += ", QUANTCLI_PASSWORD"
+    known += ", QUANTCLI_PASSWORD, QUANTCLI_API_KEY"
     assert (result.code, result.json["ok"], result.err.splitlines()) == (
         0,
         True,

@@ -311,7 +311,7 @@ def test_int4_that_faces_down(paths, dtype, engine):
         def scales_and_codes(rows=rows, columns=columns):
             groups = tiles.cut(rows, columns)
             sign, above = clipping.facing_down(groups)
-            widest = clipping.widest_int4(rounding.absmax(groups), above, engine)
+            widest = clipping.widest_signed(rounding.absmax(groups), above, engine)
             amax = rounding.absmax(rows, 0).squeeze(0)
             importance = clipping.in_groups(clipping.by_columns(amax), columns)
             scale = clipping.least_error(groups, widest, engine, clipping.INT4, importance, sign)

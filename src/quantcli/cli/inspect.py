@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -28,6 +29,32 @@ def inspect(
             "--outliers", help="Read the weights and rank them by how hard they are to quantize."
         ),
     ] = False,
+    sensitivity: Annotated[
+        bool,
+        typer.Option(
+            "--sensitivity",
+            help="Measure what each group of modules costs the model under each scheme.",
+        ),
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text for --sensitivity; without it, weights alone count."),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="For --sensitivity: a budget's modules and schemes."),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(metavar="SIDE", help="For --sensitivity: quantize weights or inputs alone."),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where --sensitivity keeps its numbers, to continue if it is interrupted.",
+        ),
+    ] = None,
     page: options.Report = None,
     support: Annotated[
         bool, typer.Option("--support", help="Show which schemes and targets go together instead.")
@@ -39,13 +66,18 @@ def inspect(
     Reads headers only: layers, dtypes, sizes, parameters, quantization. Exits with 1 if something is
     suspicious: a missing shard, an index that disagrees. `--outliers` reads the weights as well,
     decoded if the checkpoint is quantized, and recommends which of them a recipe should keep float.
-    `--support --for DEVICE` leaves out what a device's engine has no kernels for.
+    `--support --for DEVICE` leaves out what a device's engine has no kernels for. `--sensitivity` runs
+    text through the model.
     """
     from quantcli.cli.progress import watch
     from quantcli.commands import inspect as commands
 
+    for option, value in {"data": data, "recipe": recipe, "only": only, "folder": folder}.items():
+        if value is not None and not sensitivity:
+            where = f"--{option} {value}"
+            raise InputError(f"--{option} needs --sensitivity", where=where, fix="add --sensitivity")
     if support:
-        if model is not None or tensors is not None or outliers or page:
+        if model is not None or tensors is not None or outliers or page or sensitivity:
             raise InputError(
                 "--support takes neither a model nor an option other than --for and --json",
                 fix="quantcli inspect --support",
@@ -63,8 +95,21 @@ def inspect(
         )
     if model is None:
         raise InputError("argument MODEL is missing", fix="quantcli inspect MODEL")
-    if page is not None and not outliers:
-        raise InputError("--report needs --outliers", where=f"--report {page}", fix="add --outliers")
+    if page is not None and not (outliers or sensitivity):
+        fix = "add --outliers or --sensitivity"
+        raise InputError("--report needs --outliers", where=f"--report {page}", fix=fix)
+    if sensitivity:
+        if tensors is not None or outliers:
+            fix = f"quantcli inspect --sensitivity {model}"
+            raise InputError("--sensitivity does not take --tensors or --outliers", fix=fix)
+        from quantcli.commands.budget import sensitivity as measuring
+
+        chosen = measuring.SensitivityOptions(data, recipe, only, folder, page)
+        with watch(output) as progress:
+            report = measuring.sensitivity(model, chosen, progress=progress)
+        output.result(report, show_sensitivity)
+        following.show(output, *following.after_sensitivity(model))
+        return
     if outliers:
         if tensors is not None:
             fix = f"quantcli inspect --outliers {model}"
@@ -193,6 +238,28 @@ def show_outliers(out: Output, ranking: dict[str, Any]) -> None:
     verdict = ranking["verdict"]
     out.line(f"verdict       {verdict['what']}")
     _show_advice(out, ranking["advice"])
+
+
+def show_sensitivity(out: Output, report: dict[str, Any]) -> None:
+    """Print the most sensitive groups of modules, and what each scheme costs for all."""
+    names = [scheme["name"] for scheme in report["schemes"]][:-1]
+    rows = [
+        [unit["unit"], f"{unit['weights']:,}", *(f"{unit['errors'][name]:.2e}" for name in names)]
+        for unit in report["units"][:_ROWS]
+    ]
+    columns = ["group", "weights", *names]
+    out.table(columns, rows, {*columns[1:]})
+    out.line()
+    if len(report["units"]) > _ROWS:
+        out.line(f"more          {count(len(report['units']) - _ROWS, 'group')}; --json lists all")
+    side = "weights and inputs" if report["only"] is None else f"{report['only']} alone"
+    if report["on_text"]:
+        out.line(f"error         KL that a group alone makes, nats per token; {side} quantized")
+    else:
+        out.line("error         of weights alone: squared error over the sum of squares; no text given")
+    for scheme in report["schemes"][:-1]:
+        bits = "not for all" if scheme["bits"] is None else f"{scheme['bits']:.3f} bits"
+        out.line(f"for all       {scheme['name']}: {bits}, error {scheme['error']:.3e}")
 
 
 def _row(module: dict[str, Any], operands: list[str]) -> list[str]:

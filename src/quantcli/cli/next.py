@@ -85,6 +85,11 @@ def after_outliers(model: str) -> list[Step]:
     ]
 
 
+def after_sensitivity(model: str) -> list[Step]:
+    """What follows a measurement: a recipe with a budget that spends bytes where they matter."""
+    return [shell("quantcli", "quantize", "BUDGET.yaml", "--model", model, "--data", "TEXT")]
+
+
 def after_calibrate(
     recipe: str, model: str | None, overrides: Sequence[str], folder: Path
 ) -> list[Step]:

@@ -370,6 +370,7 @@ def verify(
     run, data:   run both models on a text file, or several, as the engine computes; needs `against`.
     samples, length: windows of each text, and tokens of each window.
     layer:       a module to trace on the text, or several: where its error comes from.
+    served:      the address of a server that runs the checkpoint, such as vLLM: it is asked, too.
     tp:          tensor parallel sizes to serve with, as in "1,2,4".
     recipe:      a recipe, whose `verify` block sets limits.
     min_sqnr, max_ppl_ratio, max_kl: limits: dB, a ratio, nats per token.

@@ -129,6 +129,7 @@ class Verifying(TypedDict, total=False):
     samples: int
     length: int
     layer: str | Sequence[str] | None
+    served: str | None
     tp: str
     recipe: PathLike | None
     min_sqnr: float | None

@@ -28,7 +28,7 @@ def choose(
     """
     groups: dict[tuple[str, tuple[int, str, int]], list[str]] = defaultdict(list)
     options: dict[tuple[int, str, int], list[Rule]] = {}
-    group_of = _group_of(recipe, assigned)
+    group_of = group_names(recipe, assigned)
     for name, rule in assigned.items():
         if rule is None or rule.scheme is None:
             continue
@@ -60,8 +60,9 @@ def module_of(
     return Module(name, shape, numerics, measured, f"{name}.bias" in checkpoint.tensors)
 
 
-def _group_of(recipe: Recipe, assigned: Mapping[str, Rule | None]) -> Callable[[str], str]:
-    """The name of what is merged, of a module's."""
+def group_names(recipe: Recipe, assigned: Mapping[str, Rule | None]) -> Callable[[str], str]:
+    """What gives, for a module, the name of all that must have one scheme with it: siblings, and the
+    experts of a layer."""
     siblings = siblings_of(recipe, assigned) if recipe.siblings else None
 
     def name_of(module: str) -> str:

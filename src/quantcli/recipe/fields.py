@@ -196,11 +196,43 @@ class Verify(Block):
     )
 
 
+class SchemeBudget(Block):
+    """What modules may take together, and the schemes that share it: exactly one limit."""
+
+    bits_per_quantizable: Annotated[float, Field(gt=0, le=64, allow_inf_nan=False)] | None = Field(
+        None,
+        description="bits for each weight of the modules of rules with `scheme: budget`, with scales",
+    )
+    output_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="GiB of weights written, of all modules"
+    )
+    max_ppl_ratio: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = Field(
+        None, description="perplexity over the float model's: the smallest output that keeps it"
+    )
+    schemes: list[str | dict[str, Any]] | None = Field(
+        None,
+        min_length=1,
+        description="schemes to choose from, by name or {name: ..., options}; keep is always one "
+        "[default: those with float inputs that the target stores]",
+    )
+
+    @model_validator(mode="after")
+    def _has_one_limit(self) -> SchemeBudget:
+        limits = (self.bits_per_quantizable, self.output_gib, self.max_ppl_ratio)
+        if sum(limit is not None for limit in limits) != 1:
+            raise ValueError(
+                "a budget has one limit: `bits_per_quantizable`, `output_gib` or `max_ppl_ratio`"
+            )
+        return self
+
+
 class RuleFile(Block):
     """One rule of a recipe file. With both `match` and `role`, it takes what both select."""
 
     match: Match | None = Field(None, description='globs over full module names, or "re:REGEX"')
-    scheme: str | dict[str, Any] = Field(description="keep, bf16, a scheme, or {name: ..., options}")
+    scheme: str | dict[str, Any] = Field(
+        description="keep, bf16, budget, a scheme, or {name: ..., options}"
+    )
     optional: bool = Field(False, description="do not fail when nothing matches")
     role: Roles | None = Field(
         None, description="roles of modules; what the engine builds as float is left out"
@@ -239,6 +271,9 @@ class RecipeFile(Block):
         None,
         description="quantize the cache of keys and values, too: a format by name, or a mapping with "
         "`format` and options; scales are measured",
+    )
+    budget: SchemeBudget | None = Field(
+        None, description="schemes are chosen for modules of rules with `scheme: budget`"
     )
     verify: Verify | None = None
     card: bool | None = Field(

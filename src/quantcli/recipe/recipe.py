@@ -24,6 +24,7 @@ from quantcli.recipe.fields import RecipeFile, matches
 from quantcli.recipe.methods import MethodOptions, recipe_methods
 from quantcli.recipe.shipped import is_sample_digest, is_sample_text, sample_text
 from quantcli.recipe.written import (
+    BUDGET,
     KV_CACHE,
     SMOOTH,
     GivenRecipe,
@@ -247,6 +248,12 @@ def load_recipe(
 def resolve(written: WrittenRecipe) -> Recipe:
     """A recipe with its schemes, its target and its methods. InputError as `load_recipe` raises it."""
     file, document = written.file, written.document
+    if file.budget is not None:
+        raise InputError(
+            "this recipe has a budget, which only `quantcli quantize` spends",
+            where=document.where((BUDGET,)),
+            fix="run `quantcli quantize` with it; the recipe that it writes works here, too",
+        )
     target = _resolve(file.target, discover(Target), "target", document, ("target",))
     rules = []
     for number, rule in enumerate(file.rules):
@@ -254,7 +261,7 @@ def resolve(written: WrittenRecipe) -> Recipe:
         scheme = None
         keyword = rule.scheme if rule.scheme in KEYWORDS else KEEP
         if rule.scheme not in KEYWORDS:
-            scheme = _resolve(rule.scheme, discover(Scheme), "scheme", document, (*place, "scheme"))
+            scheme = resolve_scheme(rule.scheme, document, (*place, "scheme"))
         where = document.where(place)
         changed = (at for at in document.places if at[:2] == place and at != place)
         where += "".join(f", {document.where(at)}" for at in changed if at in document.overridden)
@@ -274,6 +281,13 @@ def resolve(written: WrittenRecipe) -> Recipe:
         for number, text in enumerate(file.siblings or ())
     )
     return Recipe(file, target, tuple(rules), methods, siblings, document)
+
+
+def resolve_scheme(value: str | dict[str, Any], document: Document, place: Place) -> Scheme:
+    """A scheme as a recipe has it at a place: its name, or with options. InputError if it is none."""
+    schemes: dict[str, type[Scheme]] = discover(Scheme)
+    scheme: Scheme = _resolve(value, schemes, "scheme", document, place)
+    return scheme
 
 
 def _named_methods(file: RecipeFile, document: Document) -> tuple[NamedMethod, ...]:

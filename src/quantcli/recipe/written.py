@@ -19,6 +19,7 @@ from quantcli.recipe.document import MAPPING, Document, document_of, load_docume
 from quantcli.recipe.fields import REGEX, RecipeFile, expression
 from quantcli.recipe.shipped import find_recipe
 
+BUDGET = "budget"  # in place of a scheme: the budget chooses one
 SMOOTH, KV_CACHE = ("smooth",), ("kv_cache",)  # methods that have a block of their own
 
 
@@ -59,7 +60,25 @@ def read_recipe(
     for number, rule in enumerate(file.rules):
         check_patterns(rule.match or [], ("rules", number), document)
     _check_siblings(file.siblings or (), document)
+    _check_budget(file, document)
     return WrittenRecipe(file, document)
+
+
+def _check_budget(file: RecipeFile, document: Document) -> None:
+    """InputError for a budget that no rule takes part in, and for such a rule without a budget."""
+    rule = next((n for n, rule in enumerate(file.rules) if rule.scheme == BUDGET), None)
+    if file.budget is None and rule is not None:
+        raise InputError(
+            "the rule leaves its scheme to a budget, and the recipe has none",
+            where=document.where(("rules", rule, "scheme")),
+            fix="add a block such as `budget: {bits_per_quantizable: 5.0}`, or name a scheme",
+        )
+    if file.budget is not None and rule is None:
+        raise InputError(
+            "the recipe has a budget, and no rule takes part in it",
+            where=document.where((BUDGET,)),
+            fix="add a rule such as {role: [attention, mlp, expert], scheme: budget}",
+        )
 
 
 def _check_siblings(patterns: Sequence[str], document: Document) -> None:

@@ -36,7 +36,3 @@ class Int4Kronecker(Int4Weights):
         y = total * rounding.per_output(parts["weight_scale"].squeeze(-1)) * token_scale
         y = y.to(x.dtype)
         return y if bias is None else y + rounding.per_output(bias.to(x.dtype))
-
-    def dequantize(self, parts: Parts) -> Tensor:
-        """The weight that the product amounts to, its transform undone: float32 [..., n, k]."""
-        return kronecker.redo(super().dequantize(parts), parts["left_trans"], parts["right_trans"])

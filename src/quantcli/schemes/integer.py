@@ -7,6 +7,7 @@ spends most codes on few values; a smaller one has less error where it counts.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
@@ -52,11 +53,14 @@ class Search(NamedTuple):
 class IntegerWeights(RoundedWeights, ClippedWeights):
     """Weights in int8, with a scale per row; other integers are subclasses."""
 
+    def widest(self, rows: Tensor, engine_dtype: torch.dtype) -> Tensor:
+        """The positive scales that clip nothing, float32 [..., 1]. Here of int8."""
+        return rounding.int8_scale(rows, engine_dtype)
+
     def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
         """Of the scales for rows [..., n, k]. Here int8, with a scale per row."""
-        widest = rounding.int8_scale(rows, engine_dtype)
         importance = self.importance(constants, rows.device)
-        return Search(rows, widest, None, clipping.INT8, importance)
+        return Search(rows, self.widest(rows, engine_dtype), None, clipping.INT8, importance)
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
@@ -116,11 +120,14 @@ class Int4Weights(IntegerWeights):
             return torch.ones(1, device=device)
         return super().importance(constants, device, columns)
 
+    def widest(self, rows: Tensor, engine_dtype: torch.dtype) -> Tensor:
+        """The positive scales that clip nothing, float32 [..., 1]."""
+        return rounding.scale_of(rounding.absmax(rows), LARGEST, engine_dtype)
+
     def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
         """Of the scales for rows [..., n, k], positive, one per row."""
-        widest = rounding.scale_of(rounding.absmax(rows), LARGEST, engine_dtype)
         importance = self.importance(constants, rows.device)
-        return Search(rows, widest, None, clipping.INT4, importance)
+        return Search(rows, self.widest(rows, engine_dtype), None, clipping.INT4, importance)
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
@@ -148,6 +155,11 @@ class Groups(Scheme):
         128,
         description="columns of a row that share a scale; channel: all of them; auto: the first of "
         "128, 64 and 32 that the engine loads for a module, its siblings, the experts of its layer",
+    )
+    signed: bool = Field(
+        True,
+        description="the largest weight of a group is at the code that reaches furthest, -8 or -128: "
+        "half of the scales are negative; false: all scales are positive",
     )
     code_type: ClassVar[clipping.Codes]
 
@@ -190,9 +202,35 @@ class Groups(Scheme):
         """The inverse, of codes."""
         return codes if self.columns is None else codes.flatten(-2)[..., :k].contiguous()
 
+    @property
+    def has_signs(self) -> bool:
+        """Whether scales may be negative. Here those of groups: what has a scale for each row is also
+        for kernels that are not known to take it."""
+        return self.signed and self.columns is not None
+
     @abstractmethod
     def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
         """Of the scales of groups [..., n, groups, columns], or of rows."""
+
+    def search_of(
+        self,
+        rows: Tensor,
+        engine_dtype: torch.dtype,
+        importance: Tensor | None,
+        positive: Callable[[Tensor, torch.dtype], Tensor],
+    ) -> Search:
+        """The same. If scales have signs, one is negative if the largest weight of its group is
+        positive: then that is at the least code, one step further than codes reach above zero.
+
+        positive: gives the positive scales that clip nothing, float32 [..., 1].
+        """
+        groups = self.in_groups(rows)
+        if not self.has_signs:
+            return Search(groups, positive(groups, engine_dtype), None, self.code_type, importance)
+        sign, above = clipping.facing_down(groups)
+        element = ELEMENTS[self.code_type.element]
+        widest = clipping.widest_signed(rounding.absmax(groups), above, engine_dtype, element)
+        return Search(groups, widest, sign, self.code_type, importance)
 
     def nearest(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats
@@ -227,10 +265,6 @@ class Int4Groups(Groups, Int4Weights):
     code_type: ClassVar[clipping.Codes] = clipping.INT4
 
     def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
-        """Of the scales of groups [..., n, groups, columns]. A scale is negative if the largest weight
-        of its group is positive: then that is at -8, one step further than codes reach above zero."""
-        groups = self.in_groups(rows)
-        sign, above = clipping.facing_down(groups)
-        widest = clipping.widest_int4(rounding.absmax(groups), above, engine_dtype)
+        """Of the scales of groups [..., n, groups, columns], or of rows."""
         importance = self.importance(constants, rows.device, self.columns)
-        return Search(groups, widest, sign, clipping.INT4, importance)
+        return self.search_of(rows, engine_dtype, importance, self.widest)

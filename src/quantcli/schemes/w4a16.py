@@ -35,6 +35,11 @@ class W4A16(Int4Groups):
         return alike and alike.model_copy(update={"symmetric": weight.symmetric})
 
     @property
+    def has_signs(self) -> bool:
+        """Also those of whole rows."""
+        return self.signed
+
+    @property
     def weights(self) -> Operand:
         """How weights are quantized."""
         return replace(super().weights, symmetric=self.symmetric)

@@ -13,8 +13,8 @@ from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import kronecker, rounding
 from quantcli.schemes.base import Bias, Learner, LearningTask
 from quantcli.schemes.by_data import chosen
-from quantcli.schemes.integer import LARGEST, LEAST
 from quantcli.schemes.int4_kronecker import Int4Kronecker
+from quantcli.schemes.integer import LARGEST, LEAST
 from quantcli.schemes.transformed import SHARED, Transformed
 
 

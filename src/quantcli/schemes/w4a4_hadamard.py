@@ -77,6 +77,10 @@ class W4A4Hadamard(Int4Kronecker):
         codes, scale = flatquant.quantize_tokens(values, clip)
         return codes * scale
 
+    def dequantize(self, parts: Parts) -> Tensor:
+        """The weight that the product amounts to, its transform undone: float32 [..., n, k]."""
+        return kronecker.redo(super().dequantize(parts), parts["left_trans"], parts["right_trans"])
+
 
 @lru_cache(64)
 def _transforms(k: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:

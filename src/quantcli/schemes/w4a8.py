@@ -7,10 +7,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quantcli.core.numerics import Numerics, Operand, Parts, Stats
+from quantcli.core.numerics import Numerics, Operand, Parts
 from quantcli.schemes.arithmetic import rounding
 from quantcli.schemes.base import Bias
-from quantcli.schemes.integer import Int4Groups, Int4Weights, Search
+from quantcli.schemes.integer import Int4Groups
 
 
 class W4A8(Int4Groups):
@@ -22,12 +22,6 @@ class W4A8(Int4Groups):
     def numerics(self) -> Numerics:
         """Int4 per group or channel x int8 per token, dynamic."""
         return Numerics(self.weights, Operand("int8", "token", dynamic=True))
-
-    def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
-        """Scales of whole rows are positive: kernels for Ascend are not known to take others."""
-        if self.columns is None:
-            return Int4Weights.search(self, rows, engine_dtype, constants)
-        return super().search(rows, engine_dtype, constants)
 
     def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = sum over groups of (sum_k (xq - zero) wq) * weight_scale / r + bias in float32, rounded

@@ -33,11 +33,9 @@ class W8A16(Groups, IntegerWeights):
         return Numerics(self.weights, None)
 
     def search(self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats) -> Search:
-        """Of the scales of groups [..., n, groups, columns], or of rows, positive."""
-        groups = self.in_groups(rows)
-        widest = rounding.int8_scale(groups, engine_dtype)
+        """Of the scales of groups [..., n, groups, columns], or of rows."""
         importance = self.importance(constants, rows.device, self.columns)
-        return Search(groups, widest, None, clipping.INT8, importance)
+        return self.search_of(rows, engine_dtype, importance, self.widest)
 
     def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
         """y = x @ (wq * weight_scale), weights dequantized in x.dtype, float32 sums, + bias."""

@@ -87,7 +87,7 @@ def verify(
     conversion = plan_again(structure, against, options.calibration)
     if options.run:
         from quantcli.verification.on_text.corpus import read_texts, text_sources
-        from quantcli.verification.on_text.run import verify_run
+        from quantcli.verification.on_text.run import Extras, verify_run
         from quantcli.verification.on_text.trace import check_modules
 
         check_modules(structure.stored, options.layer or ())
@@ -95,6 +95,17 @@ def verify(
         # before the long comparison of weights: an error in the text is reported at once
         trust = options.trust_remote_code
         corpus = read_texts(text_sources(options), reference.checkpoint, progress, trust=trust)
+        engine = None
+        if options.served is not None:
+            from quantcli.calibration.text.dataset import model_limits
+            from quantcli.verification.on_text.endpoint import connect
+            from quantcli.verification.on_text.engine import Engine
+
+            endpoint = connect(options.served)
+            progress.phase(f"asking the server for its log-probabilities of {endpoint.model:.80}")
+            windows = [ids for batch in corpus.batches for ids in batch.input_ids.tolist()]
+            vocabulary = model_limits(reference.checkpoint.text_config)[1]
+            engine = Engine(endpoint, endpoint.answers(windows, progress), vocabulary)
     both = weight_files([structure.stored.checkpoint, reference.checkpoint])
     pool = Pool(task_workers, cluster, both)
     verify_against(structure, reference, pool, progress, trust=options.trust_remote_code)
@@ -103,8 +114,8 @@ def verify(
         conversion.run(report, Pool(task_workers, cluster, (*both, *read)), progress)
     unreadable = any(error.check in {"headers", "index", "parameters"} for error in report.errors)
     if options.run and not unreadable and not _unread(structure.stored):
-        traced = options.layer or ()
-        verify_run(structure, reference, corpus, workers, progress, trust=trust, traced=traced)
+        extras = Extras(options.layer or (), engine, trust)
+        verify_run(structure, reference, corpus, workers, progress, extras)
     return report
 
 

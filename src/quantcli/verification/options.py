@@ -57,6 +57,11 @@ class VerifyOptions:
         "given several times.",
         metavar="MODULE",
     )
+    served: str | None = _option(
+        "Also ask a server of the API of OpenAI that runs the checkpoint, such as vLLM, for its "
+        "log-probabilities.",
+        metavar="URL",
+    )
     tp: str = _option("Tensor parallel sizes to serve with, as in 1,2,4,8.", "1", metavar="SIZES")
     recipe: str | None = _option("Your recipe: its `verify` block sets limits.", metavar="FILE")
     min_sqnr: float | None = _option("Least SQNR of each weight, dB.")
@@ -100,7 +105,14 @@ class VerifyOptions:
         if self.not_worse and not (self.run and (self.others or self.baseline)):
             what = "--not-worse compares runs on text, and there is one"
             raise InputError(what, fix="add --run, and another checkpoint or --baseline OLD.json")
-        of_run = {"--data": self.data or None, "--layer": self.layer or None}
+        if self.served is not None and self.others:
+            what = "--served asks one server, and there are several checkpoints"
+            raise InputError(what, fix="give the one that it serves")
+        of_run = {
+            "--data": self.data or None,
+            "--layer": self.layer or None,
+            "--served": self.served,
+        }
         with_against = {"--recipe": self.recipe, "--calibration": self.calibration}
         for option, value in {**of_run, **with_against, **limits}.items():
             with_run = option != "--min-sqnr" and option not in with_against

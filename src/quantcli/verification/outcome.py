@@ -49,6 +49,7 @@ CHECKS: dict[str, tuple[Depth, str]] = {
     "outputs": ("run", "the outputs of a model that predicts no text are near to the other model's"),
     "perplexity": ("run", "perplexity on the text has not grown beyond the limit"),
     "kl": ("run", "predictions have not moved beyond the limit"),
+    "served": ("run", "the predictions of a server that was asked are within these limits"),
     "not worse": ("run", "it is not worse than the first checkpoint, or than the baseline"),
 }  # fmt: skip
 

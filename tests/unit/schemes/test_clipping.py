@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantcli.core.number_types import ELEMENTS
 from quantcli.schemes.arithmetic import clipping, rounding, tiles
 from quantcli.schemes.arithmetic.clipping import (
     FP8,
@@ -16,7 +17,7 @@ from quantcli.schemes.arithmetic.clipping import (
     in_groups,
     least_error,
     total,
-    widest_int4,
+    widest_signed,
 )
 from quantcli.schemes.fp8_block import Fp8Block
 from quantcli.schemes.fp8_dynamic import Fp8Dynamic
@@ -104,7 +105,7 @@ def test_a_group_faces_down_from_its_largest_value():
     sign, above = facing_down(values)
     assert sign.flatten().tolist() == [1.0, -1.0, 1.0, 1.0]
     assert above.flatten().tolist() == [2.0, 2.0, 2.0, 0.0]
-    widest = widest_int4(rounding.absmax(values), above, F32).flatten().tolist()
+    widest = widest_signed(rounding.absmax(values), above, F32).flatten().tolist()
     assert widest[:2] == [3 / 8, 3 / 8]
     assert widest[2] == pytest.approx(2 / (7 + 63 / 128))
     assert widest[3] > 0
@@ -156,7 +157,7 @@ def test_the_error_is_that_of_an_exhaustive_search(kind, clip):
     for weight in trained() if kind == "trained" else drawn(kind):
         groups = tiles.cut(weight, 128)
         sign, above = facing_down(groups)
-        widest = widest_int4(rounding.absmax(groups), above, dtype)
+        widest = widest_signed(rounding.absmax(groups), above, dtype)
         importance = torch.ones(128)
         if clip == "columns":
             importance = in_groups(by_columns(rounding.absmax(weight, 0).squeeze(0)), 128)
@@ -212,7 +213,12 @@ def test_columns_that_count_more_choose_another_scale(rows):
     assert bool((error(weighed) <= error(usual)).all())
 
 
-def test_int4_reaches_half_a_code_further():
-    scale = torch.ones(1, 1)
-    assert INT4.codes(torch.tensor([[clipping.INT4_REACH]]), scale).tolist() == [[7]]
-    assert clipping.INT4_REACH == 7 + 63 / 128
+@pytest.mark.parametrize("codes", [INT4, clipping.INT8])
+def test_a_group_reaches_half_a_code_further(codes):
+    """Of equal extremes the positive one decides the scale, and is still the largest code."""
+    element = ELEMENTS[codes.element]
+    reach = torch.tensor([[element.largest + 63 / 128]])
+    scale = widest_signed(reach, reach, F32, element)
+    assert scale.tolist() == [[1.0]]
+    assert codes.codes(reach, scale).tolist() == [[element.largest]]
+    assert widest_signed(reach, reach / 2, F32, element).item() == float(reach) / -element.least

@@ -7,9 +7,11 @@ import torch
 
 from quantcli.schemes.w4a8 import W4A8
 from quantcli.schemes.w4a16 import W4A16
+from quantcli.schemes.w8a16 import W8A16
 from tests.measured import constants
 
 SIZES = [32, 64, 128, "channel"]
+F32 = torch.float32
 
 
 def weight(n=24, k=256, seed=0, dtype=torch.bfloat16):
@@ -80,6 +82,28 @@ def test_the_search_is_near_the_best_scale_of_each_group(held):
         best = torch.minimum(best, error)
     assert squared_error(W4A16(clip="mse"), rows, held) <= float(best.sum()) * 1.01
     assert squared_error(W4A16(clip="none"), rows, held) > 1.02 * float(best.sum())
+
+
+@pytest.mark.parametrize(("scheme", "gain"), [(W4A16, 0.95), (W4A8, 0.95), (W8A16, 0.99)])
+def test_scales_of_both_signs_are_an_option_that_loses_less(scheme, gain):
+    rows = weight(seed=3)
+    made = {signed: scheme(group_size=64, clip="none", signed=signed) for signed in (True, False)}
+    scales = {signed: quantize(each, rows, F32)["weight_scale"] for signed, each in made.items()}
+    assert bool((scales[False] > 0).all())
+    assert 0.4 < float((scales[True] < 0).float().mean()) < 0.6
+    errors = {signed: squared_error(each, rows, F32) for signed, each in made.items()}
+    assert errors[True] < gain * errors[False]
+
+
+@pytest.mark.parametrize("scheme", [W4A8, W8A16])
+def test_scales_of_rows_that_ascend_may_get_are_positive(scheme):
+    parts = quantize(scheme(group_size="channel"), weight(), torch.bfloat16)
+    assert bool((parts["weight_scale"] > 0).all())
+
+
+def test_zero_points_leave_scales_positive():
+    parts = quantize(W4A16(symmetric=False), weight(), torch.bfloat16)
+    assert bool((parts["weight_scale"] > 0).all())
 
 
 def test_smaller_groups_lose_less():

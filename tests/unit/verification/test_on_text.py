@@ -77,7 +77,7 @@ def test_the_tokens_are_those_of_the_text():
     actual[1, 1, 2] -= 4.0  # the logits at place 1 are of the token at place 2
     predictions = Predictions()
     predictions.add(expected, actual, Batch(ids, None))
-    run = predictions.windows.report([("a", "0")], [], [], lambda: predictions.moved(texts))
+    run = predictions.windows.report([("a", "0")], [], [], None, lambda: predictions.moved(texts))
     token = run.moved_tokens[0]
     assert (token.window, token.position, token.token) == (1, 2, " two")
     assert token.change == pytest.approx(-4 + math.log(4 / (3 + math.exp(-4))), abs=1e-4)

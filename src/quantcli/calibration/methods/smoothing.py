@@ -23,12 +23,11 @@ from torch import Tensor
 
 from quantcli.calibration.channels import Producer
 from quantcli.calibration.methods.base import LayerWork, Method
+from quantcli.calibration.methods.scales import as_scales
 from quantcli.calibration.policy import Policy
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.recipe.fields import Block, Match, matches
 from quantcli.schemes.arithmetic.observers import ChannelSquare, Summary
-
-_LIMIT = 13  # scales stay within 2^-13 .. 2^13
 
 
 class SmoothRule(Block):
@@ -79,11 +78,8 @@ def scales(
         weight.scatter_reduce_(0, reader.channels, columns, "amax")
         largest = min(largest, torch.finfo(weights[reader.matrix].dtype).max)
     exponent = alpha / 2 * seen.double().log2() - (1 - alpha) * weight.double().log2()
-    # no weight may overflow if it is kept in float16
-    room = (math.log2(largest) - 1 - weight.log2()).floor()
-    exponent = (exponent.round() if powers else exponent).clamp(-_LIMIT, _LIMIT).minimum(room)
     sound = (seen > 0) & (weight > 0) & producer.used
-    return torch.where(sound, exponent, 0.0).exp2().to(torch.bfloat16).float()
+    return as_scales(torch.where(sound, exponent, 0.0), weight, largest, powers=powers)
 
 
 class Smoothing(Method):

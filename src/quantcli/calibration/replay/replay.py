@@ -184,7 +184,7 @@ class Replay:
                 stack.enter_context(outline.ending(final.get(number).to(self.device)))
             yield
 
-    def _forward(self, batch: Batch, model: Any = None) -> Any:
+    def _forward(self, batch: Batch, model: Any = None, *, differentiable: bool = False) -> Any:
         ids = batch.input_ids.to(self.device)
         mask = None if batch.mask is None else batch.mask.to(self.device, torch.int64)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
@@ -195,7 +195,7 @@ class Replay:
         taken = signature(self.skeleton.model.forward).parameters.values()
         if any(p.name == "use_cache" or p.kind is p.VAR_KEYWORD for p in taken):
             inputs["use_cache"] = False
-        with torch.no_grad():
+        with torch.set_grad_enabled(differentiable):
             return (model or self.skeleton.model)(**inputs)
 
     def run(
@@ -310,19 +310,44 @@ class Replay:
     def endings(self, states: BatchSource) -> Iterator[Tensor]:
         """What the model puts out for every batch, in order: logits [batch, length, vocabulary], or
         logits of classes. If the head has no tensor: hidden states [batch, length, hidden]."""
+        return (outputs for (outputs,) in self.endings_of([states]))
+
+    def endings_of(self, variants: Sequence[BatchSource]) -> Iterator[list[Tensor]]:
+        """The same for several outputs of the last layer, side by side."""
         with outside(self.skeleton, self._read, self.device), one_thread():
             for number, batch in enumerate(self.batches):
-                final = states.get(number).to(self.device)
-                with self._ending(number), self._outlines[-1].ending(final):
-                    yield self._put_out(batch)
+                outputs = []
+                for states in variants:
+                    final = states.get(number).to(self.device)
+                    with self._ending(number), self._outlines[-1].ending(final):
+                        outputs.append(self._put_out(batch))
+                yield outputs
                 if number < self._counted:
                     self._step(number)
 
-    def _put_out(self, batch: Batch) -> Tensor:
+    def gradients(
+        self, states: BatchSource, of_logits: Callable[[int, Tensor], Tensor], sink: Sink
+    ) -> None:
+        """Gradients with respect to the outputs of the last layer, of every batch, for `sink`.
+
+        of_logits: gives, for a batch and its logits [batch, length, vocabulary], the gradient with
+        respect to these.
+        """
+        with outside(self.skeleton, self._read, self.device), one_thread():
+            for number, batch in enumerate(self.batches):
+                final = states.get(number).to(self.device).requires_grad_()
+                with self._ending(number), self._outlines[-1].ending(final):
+                    logits = self._put_out(batch, differentiable=True)
+                (found,) = torch.autograd.grad(logits, [final], of_logits(number, logits.detach()))
+                sink(number, found, NOTHING_CARRIED)
+                if number < self._counted:
+                    self._step(number)
+
+    def _put_out(self, batch: Batch, *, differentiable: bool = False) -> Tensor:
         """InputError if the model's own forward fails behind its layers."""
         model = self.skeleton.model if self.skeleton.head_stored else self.skeleton.model.base_model
         try:
-            out = self._forward(batch, model)
+            out = self._forward(batch, model, differentiable=differentiable)
         except QuantError:
             raise
         except Exception as error:  # code of the library, or of the model

@@ -133,8 +133,13 @@ def _target(url: SplitResult) -> tuple[str, dict[str, str]]:
 
 
 @contextmanager
-def request(method: str, url: str, headers: Mapping[str, str]) -> Iterator[http.client.HTTPResponse]:
-    """The answer to one request; redirects are answers, too. PassingError if there is none."""
+def request(
+    method: str, url: str, headers: Mapping[str, str], body: bytes | None = None, wait: float = _TIMEOUT
+) -> Iterator[http.client.HTTPResponse]:
+    """The answer to one request; redirects are answers, too. PassingError if there is none.
+
+    body: that is sent. wait: seconds until the server has to send something.
+    """
     parts = urlsplit(url)
     server = (parts.scheme, parts.netloc)
     target, more = _target(parts)
@@ -142,14 +147,16 @@ def request(method: str, url: str, headers: Mapping[str, str]) -> Iterator[http.
     response = None
     if connection is not None:
         try:
-            connection.request(method, target, headers={**headers, **more})
+            _wait_for(connection, wait)
+            connection.request(method, target, body, {**headers, **more})
             response = connection.getresponse()
         except _BROKEN:  # the server has closed it meanwhile
             connection.close()
     if response is None:
         connection = _connect(parts)
         try:
-            connection.request(method, target, headers={**headers, **more})
+            _wait_for(connection, wait)
+            connection.request(method, target, body, {**headers, **more})
             response = connection.getresponse()
         except ssl.SSLCertVerificationError:
             connection.close()
@@ -160,7 +167,7 @@ def request(method: str, url: str, headers: Mapping[str, str]) -> Iterator[http.
             ) from None
         except _BROKEN as error:
             connection.close()
-            raise PassingError(reason(error)) from None
+            raise PassingError(reason(error, wait)) from None
     assert connection is not None
     try:
         yield response
@@ -171,10 +178,17 @@ def request(method: str, url: str, headers: Mapping[str, str]) -> Iterator[http.
             connection.close()
 
 
-def reason(error: Exception) -> str:
-    """Why there is no answer, in a few words, without addresses."""
+def _wait_for(connection: http.client.HTTPConnection, seconds: float) -> None:
+    """Set how long the server may send nothing."""
+    connection.timeout = seconds
+    if connection.sock is not None:
+        connection.sock.settimeout(seconds)
+
+
+def reason(error: Exception, wait: float = _TIMEOUT) -> str:
+    """Why there is no answer, in a few words, without addresses. wait: seconds that it was waited."""
     if isinstance(error, TimeoutError):
-        return f"the server sent nothing for {_TIMEOUT:g} s"
+        return f"the server sent nothing for {wait:g} s"
     if isinstance(error, ssl.SSLError):
         return f"no safe connection: {error.reason or error.strerror or 'TLS failed'}"[:200]
     if isinstance(error, http.client.HTTPException):

@@ -94,7 +94,7 @@ class Hadamard:
     @cached_property
     def _signs(self) -> Tensor:
         """float32 [size], each 1 or -1."""
-        bits = random.Random(self.seed).getrandbits(self.size)  # noqa: S311 - no secret
+        bits = random.Random(self.seed).getrandbits(self.size)
         return torch.tensor([1.0 if bits >> place & 1 else -1.0 for place in range(self.size)])
 
     @cached_property
@@ -290,9 +290,9 @@ def _splits(odd: int, twos: int) -> Iterator[tuple[int, tuple[int, ...]]]:
 def _construction(order: int) -> int | None:
     """The prime by which Paley's constructions make a Hadamard matrix of this order; None if none."""
     for q in (order - 1, order // 2 - 1):
-        if q > 2 and all(q % d for d in range(2, math.isqrt(q) + 1)):
-            if q % 4 == (3 if q == order - 1 else 1):
-                return q
+        prime = q > 2 and all(q % d for d in range(2, math.isqrt(q) + 1))
+        if prime and q % 4 == (3 if q == order - 1 else 1):
+            return q
     return None
 
 

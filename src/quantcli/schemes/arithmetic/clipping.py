@@ -52,7 +52,7 @@ def _integers(element: ElementType) -> Callable[[Tensor], Tensor]:
 
 
 _INT4 = ELEMENTS["int4"]
-INT4_REACH = 7 + 63 / 128  # the largest w / scale that still rounds to 7
+_HALF = 63 / 128  # how far beyond the largest code w / scale is still rounded to it
 INT4 = Codes(
     "int4",
     _integers(_INT4),
@@ -116,10 +116,12 @@ def facing_down(rows: Tensor) -> tuple[Tensor, Tensor]:
     return sign, torch.where(above > below, below, above).clamp_min(0)
 
 
-def widest_int4(amax: Tensor, above: Tensor, engine_dtype: torch.dtype) -> Tensor:
+def widest_signed(
+    amax: Tensor, above: Tensor, engine_dtype: torch.dtype, element: ElementType = _INT4
+) -> Tensor:
     """The smallest scale that clips nothing, for the largest |w| and the largest w of rows that
-    `facing_down` has turned: float32 [..., 1]."""
-    return rounding.scale_of(amax, -_INT4.least, engine_dtype, above / INT4_REACH)
+    `facing_down` has turned: float32 [..., 1]. element: a type of integers."""
+    return rounding.scale_of(amax, -element.least, engine_dtype, above / (element.largest + _HALF))
 
 
 def least_error(

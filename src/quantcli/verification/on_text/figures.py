@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from quantcli.verification.on_text.reports import (
     LayerReport,
     PerplexityRatio,
     RunReport,
+    ServedReport,
     TextReport,
     TokenReport,
     TraceReport,
@@ -53,68 +54,74 @@ class Windows:
         columns = metrics.columns_of([asdict(report) for report in reports])
         texts = [report.text for report in reports]
 
-        def of(metric: Metric) -> float:
-            return float(metric.value(columns))
+        def of(metric: Metric, places: int = 6) -> float | None:
+            is_there = all(key in columns for key in metric.needs)
+            return round(float(metric.value(columns)), places) if is_there else None
 
         def span(metric: Metric) -> list[float] | None:
+            if of(metric) is None:
+                return None
             ends = metrics.interval(metric.value, columns, texts)
             return None if ends is None else [round(end, 6) for end in ends]
 
-        figures = Figures(
+        ratio, kl = of(metrics.PERPLEXITY), of(metrics.KL)
+        largest = max(self._largest[place] for place in places)
+        return Figures(
             tokens=sum(self._tokens[place] for place in places),
-            outputs_db=round(of(metrics.SQNR), 3),
+            ppl=None
+            if ratio is None
+            else PerplexityRatio(
+                reference=round(_perplexity(columns, "reference"), 4),
+                checkpoint=round(_perplexity(columns, "checkpoint"), 4),
+                ratio=ratio,
+                interval=span(metrics.PERPLEXITY),
+            ),
+            kl=None if kl is None else Divergence(kl, round(largest, 6), span(metrics.KL)),
+            top1_agreement=of(metrics.TOP1),
+            top1_interval=span(metrics.TOP1),
+            mean_abs_logprob_change=of(metrics.CHANGE),
+            change_interval=span(metrics.CHANGE),
+            outputs_db=of(metrics.SQNR, 3),
             outputs_interval=span(metrics.SQNR),
-            peir=round(of(metrics.PEIR), 6),
+            peir=of(metrics.PEIR),
             peir_interval=span(metrics.PEIR),
         )
-        if "kl" not in columns:
-            return figures
-        ratio = PerplexityRatio(
-            reference=round(_perplexity(columns, "reference"), 4),
-            checkpoint=round(_perplexity(columns, "checkpoint"), 4),
-            ratio=round(of(metrics.PERPLEXITY), 6),
-            interval=span(metrics.PERPLEXITY),
-        )
-        largest = max(self._largest[place] for place in places)
-        return replace(
-            figures,
-            ppl=ratio,
-            kl=Divergence(round(of(metrics.KL), 6), round(largest, 6), span(metrics.KL)),
-            top1_agreement=round(of(metrics.TOP1), 6),
-            top1_interval=span(metrics.TOP1),
-            mean_abs_logprob_change=round(of(metrics.CHANGE), 6),
-            change_interval=span(metrics.CHANGE),
-        )
 
-    def report(
-        self,
-        names: Sequence[tuple[str, str]],
-        layers: list[LayerReport],
-        traces: list[TraceReport],
-        moved: Callable[[], list[TokenReport]] = list,
-    ) -> RunReport:
-        """All figures, rounded. names: name and sha256 (hex) of each text. moved: gives the tokens that
-        moved most."""
-        texts = [
+    def by_text(self, names: Sequence[tuple[str, str]]) -> list[TextReport]:
+        """The figures of each text. names: name and sha256 (hex) of each."""
+        return [
             TextReport(
-                **_own(self.figures(number)),
+                **own(self.figures(number)),
                 text=name,
                 sha256=sha256,
                 windows=sum(each.text == number for each in self.reports),
             )
             for number, (name, sha256) in enumerate(names)
         ]
+
+    def report(
+        self,
+        names: Sequence[tuple[str, str]],
+        layers: list[LayerReport],
+        traces: list[TraceReport],
+        served: ServedReport | None = None,
+        moved: Callable[[], list[TokenReport]] = list,
+    ) -> RunReport:
+        """All figures, rounded. names: name and sha256 (hex) of each text. served: those of a server.
+        moved: gives the tokens that moved most."""
         return RunReport(
-            **_own(self.figures()),
+            **own(self.figures()),
             windows=[_rounded(report) for report in self.reports],
             layers=layers,
             traces=traces,
-            texts=texts,
+            served=served,
+            texts=self.by_text(names),
             moved_tokens=moved(),
         )
 
 
-def _own(figures: Figures) -> dict[str, Any]:
+def own(figures: Figures) -> dict[str, Any]:
+    """The fields of figures, for a report that has more."""
     return dict(vars(figures))
 
 

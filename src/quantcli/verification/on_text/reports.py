@@ -27,6 +27,7 @@ class WindowReport:
     mean_abs_logprob_change: of the tokens of the text, in nats.
     energy, error: sums of squares of what the other model puts out, and of the difference to it.
     peir:       the largest difference over the range of what the other model puts out.
+    Outputs are not known of a server.
     """
 
     text: int
@@ -35,9 +36,9 @@ class WindowReport:
     kl: float | None
     top1_agreement: float | None
     mean_abs_logprob_change: float | None
-    energy: float
-    error: float
-    peir: float
+    energy: float | None = None
+    error: float | None = None
+    peir: float | None = None
 
 
 @dataclass(frozen=True)
@@ -166,12 +167,34 @@ class TextReport(Figures):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ServedReport(Figures):
+    """A running server next to the other model, on the same windows.
+
+    The KL divergence is a lower bound: all tokens that are not candidates count as one.
+
+    url, model: of the server.
+    candidates: tokens that it names at each place, at least. covered: the share of the other model's
+               probability that they have. Both are None if it names tokens by text; then there are
+               neither KL divergence nor first choices.
+    replay:    the server next to the checkpoint as it was replayed here.
+    """
+
+    url: str
+    model: str
+    candidates: int | None
+    covered: float | None
+    replay: Figures
+    texts: list[TextReport]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunReport(Figures):
     """Both models on text: figures over all windows, and those of each text.
 
     windows: the pieces of text that ran, text by text.
     moved_tokens: those whose log-probability moved most, largest change first.
     traces:  of single modules, as they were asked for.
+    served:  a running server; None if none was asked.
     """
 
     windows: list[WindowReport] = field(default_factory=list)
@@ -179,3 +202,4 @@ class RunReport(Figures):
     texts: list[TextReport] = field(default_factory=list)
     moved_tokens: list[TokenReport] = field(default_factory=list)
     traces: list[TraceReport] = field(default_factory=list)
+    served: ServedReport | None = None

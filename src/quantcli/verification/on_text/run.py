@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,8 +25,9 @@ from quantcli.core.numerics import LATENTS
 from quantcli.targets.layouts import StoredModule
 from quantcli.verification.limits import Limits
 from quantcli.verification.on_text.corpus import Corpus
+from quantcli.verification.on_text.engine import Engine
 from quantcli.verification.on_text.figures import FINER, Outputs, Predictions, by_text
-from quantcli.verification.on_text.reports import LayerReport, RunReport
+from quantcli.verification.on_text.reports import Figures, LayerReport, RunReport, ServedReport
 from quantcli.verification.on_text.trace import Tracer
 from quantcli.verification.outcome import Report
 from quantcli.verification.reference import Reference
@@ -41,22 +43,33 @@ LEAST_WITH_FP4_INPUTS = 5.0
 _FULL = "verify with --full, which names numbers that are not finite"
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a run does next to the comparison.
+
+    traced: modules to trace. engine: a server that has answered. trust: whether the model's code may
+            run.
+    """
+
+    traced: Sequence[str] = ()
+    engine: Engine | None = None
+    trust: bool = False
+
+
 def verify_run(
     structure: Structure,
     reference: Reference,
     corpus: Corpus,
     workers: int,
     progress: Progress,
-    *,
-    trust: bool = False,
-    traced: Sequence[str] = (),
+    extras: Extras,
 ) -> None:
     """Run both models; findings and figures go to the report, and defaults to limits that are None.
 
     Everything around the quantized modules is computed in the checkpoint's `Served.dtype`. Memory: one
-    layer of each model; hidden states are on disk. traced: modules to trace.
+    layer of each model; hidden states are on disk.
     """
-    report = structure.report
+    report, engine, trust = structure.report, extras.engine, extras.trust
     assert structure.stored is not None
     assert structure.target is not None
     report.depths.append("run")
@@ -90,13 +103,16 @@ def verify_run(
         least = _least_sqnr(structure.stored.modules.values())
         tokenizer = tokenizer_of(reference.checkpoint.path, trust_remote_code=trust)
         tracer = Tracer(ours, reference, corpus, tokenizer.texts)
-        tracer.find(traced, models[1])
+        tracer.find(extras.traced, models[1])
         layers = _layers(report, models[0], models[1], least, progress, tracer)
         if layers is None:
             return
         sums = Predictions(ahead=0 if models[0].skeleton.two_stacks else 1)
         outputs = Outputs(least)
         predicts = models[0].skeleton.predicts_text
+        if engine is not None and (not predicts or models[0].skeleton.two_stacks):
+            what = "--served compares predictions of what follows a text, and the model makes none"
+            raise InputError(what, where=str(reference.checkpoint.path), fix="leave out --served")
         progress.phase("predicting tokens" if predicts else "computing outputs")
         for expected, actual, batch, text in zip(
             models[0].logits(), models[1].logits(), corpus.batches, corpus.texts, strict=True
@@ -105,6 +121,8 @@ def verify_run(
                 report.add([_other_model("numbers of outputs", expected.shape[-1], actual.shape[-1])])
                 return
             (sums if predicts else outputs).add(expected, actual, batch, text)
+            if engine is not None:
+                engine.add(expected, actual, batch, text)
     report.count("layer outputs", len(layers))
     if ours.cache is not None:
         report.add(_cache_findings(ours.cache))
@@ -119,8 +137,12 @@ def verify_run(
     ratio = structure.limits.most("max_ppl_ratio", MAX_PPL_RATIO)
     kl = structure.limits.most("max_kl", MAX_KL)
     report.limits = report.limits.model_copy(update={"max_ppl_ratio": ratio, "max_kl": kl})
-    report.run = sums.windows.report(named, layers, traces, lambda: sums.moved(tokenizer.texts))
+    served = None if engine is None else engine.report(named)
+    report.run = sums.windows.report(named, layers, traces, served, lambda: sums.moved(tokenizer.texts))
     report.add([*_layer_findings(layers), *_findings(report.run, report, structure.limits)])
+    if served is not None:
+        report.add(_served_findings(served, report))
+        report.count("served", served.tokens)
     report.count("perplexity", report.run.tokens)
     report.count("kl", report.run.tokens)
 
@@ -230,3 +252,17 @@ def _findings(run: RunReport, report: Report, limits: Limits) -> Iterator[Findin
             what = f"mean KL divergence is {kl:.4f} nats per token, the limit is {most_kl:g}"
             hint = limits.hint("max_kl", kl.__le__)
             yield failed("kl", what, place, FINER + hint)
+
+
+def _served_findings(served: ServedReport, report: Report) -> Iterator[Finding]:
+    """Errors of texts on which a server passes a limit that the checkpoint has."""
+    most_ratio, most_kl = report.limits.max_ppl_ratio, report.limits.max_kl
+    fix = "see `run`: if the checkpoint is within the limits there, the server computes otherwise"
+    texts: list[tuple[str, Figures]] = [(f", on `{text.text}`", text) for text in served.texts]
+    for place, figures in texts if len(texts) > 1 else [("", served)]:
+        if most_ratio is not None and figures.ppl is not None and not figures.ppl.ratio <= most_ratio:
+            what = f"perplexity is {figures.ppl.ratio:.4f} times the other model's, the limit is "
+            yield failed("served", f"{what}{most_ratio:g}{place}", served.url, fix)
+        if most_kl is not None and figures.kl is not None and not figures.kl.mean <= most_kl:
+            what = f"mean KL divergence is at least {figures.kl.mean:.4f} nats per token, the limit is "
+            yield failed("served", f"{what}{most_kl:g}{place}", served.url, fix)

@@ -268,7 +268,22 @@ def run_facts(report: dict[str, Any]) -> list[tuple[str, str]]:
         )
     if run.get("tokens") is not None:
         figures["tokens"] = number(run["tokens"])
-    return [*figures.items()]
+    return [*figures.items(), *_served_facts(run.get("served") or {})]
+
+
+def _served_facts(served: dict[str, Any]) -> list[tuple[str, str]]:
+    """Results of asking a server: (what, value)."""
+    if not served:
+        return []
+    facts = [("server", f"{literal(served['model'], 80)} at {literal(served['url'], 200)}")]
+    for what, value in figure_texts(served).items():
+        bound = "at least: " if what == "KL divergence" else ""
+        facts.append((f"server, {what}", bound + value))
+    if served["candidates"] is not None:
+        covered = f"{percent(served['covered'])} of the reference's probability"
+        facts.append(("server, candidates", f"{served['candidates']} for each token, with {covered}"))
+    replay = figure_texts(served["replay"])
+    return [*facts, *((f"server next to the replay, {what}", value) for what, value in replay.items())]
 
 
 def figure_texts(run: dict[str, Any], limits_: dict[str, Any] | None = None) -> dict[str, str]:

@@ -1,0 +1,175 @@
+"""`budget` in a recipe, and `quantcli inspect --sensitivity`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from quantcli.calibration.sensitivity.passes import FloatModel
+from tests.e2e.calibrating import Bench, Models, make_bench
+from tests.e2e.conftest import run_cli
+
+RECIPE = """\
+target: compressed-tensors
+budget:
+  bits_per_quantizable: 6.0
+  schemes: [{name: w4a16, group_size: 32}, w8a16]
+calibration: {data: text.txt, samples: 40, length: 64, dtype: float32}
+rules:
+  - match: "*.layers.0.*.o_proj"
+    scheme: keep
+  - role: [attention, mlp, expert]
+    scheme: budget
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"), num_hidden_layers=2)
+
+
+@pytest.fixture
+def bench(tmp_path: Path, models: Models) -> Bench:
+    bench = make_bench(tmp_path, models("qwen3"), RECIPE)
+    text = (Path(__file__).parents[2] / "examples" / "calibration.txt").read_text()
+    (tmp_path / "text.txt").write_text(text[:6000])
+    return bench
+
+
+def written(bench: Bench) -> dict:
+    return yaml.safe_load(bench.root.joinpath("out.recipe.yaml").read_text())
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
+
+
+def test_a_budget_is_spent(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = bench.run()
+    assert done.code == 0, done.err
+    assert "held-out text" in done.err
+    recipe = written(bench)
+    assert "budget" not in recipe
+    assert "calibration" not in recipe  # no scheme needs it
+    assert recipe["rules"][0] == {"match": ["*.layers.0.*.o_proj"], "scheme": "keep"}
+    schemes = [rule["scheme"]["name"] for rule in recipe["rules"][1:]]
+    assert schemes == ["w4a16", "w8a16"]
+    page = bench.root.joinpath("out.budget.html").read_text()
+    assert "bits for each weight" in page
+    assert page.count("<circle") >= 2
+
+    # the recipe that was written gives the same checkpoint
+    again = bench.root / "again"
+    recipe_file = bench.root / "out.recipe.yaml"
+    assert run_cli("quantize", recipe_file, "--model", bench.model, "--out", again).code == 0
+    assert weights(again) == weights(bench.out)
+
+    # the measurement is kept: the same budget again runs no float model but for held-out text
+    measured = list(bench.root.glob("out.sensitivity/sensitivity-*.json"))
+    assert len(measured) == 2
+    assert not list(bench.root.glob("out.sensitivity/*states*"))
+    first = recipe_file.read_bytes()
+    monkeypatch.setattr(FloatModel, "begin_backward", None)
+    shutil.rmtree(bench.out)
+    assert bench.run("--plan").code == 0
+    assert recipe_file.read_bytes() == first
+
+
+def test_data_driven_schemes(bench: Bench) -> None:
+    bench.edit_recipe(RECIPE.replace("group_size: 32}", "group_size: 32, weight_rounding: gptq}"))
+    done = bench.run()
+    assert done.code == 0, done.err
+    recipe = written(bench)
+    assert recipe["calibration"]["data"] == "text.txt"
+    assert recipe["rules"][1]["scheme"]["weight_rounding"] == "gptq"
+
+
+def test_a_limit_of_perplexity(bench: Bench) -> None:
+    bench.edit_recipe(RECIPE.replace("bits_per_quantizable: 6.0", "max_ppl_ratio: 1.5"))
+    done = bench.run()
+    assert done.code == 0, done.err
+    assert {rule["scheme"]["name"] for rule in written(bench)["rules"][1:]} == {"w4a16"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("6.0", "4.0"), "smallest schemes take 4.5"),
+        (("bits_per_quantizable: 6.0", "output_gib: 0.00001"), "the budget does not choose"),
+        (("    scheme: budget", "    scheme: w8a16"), "no rule takes part in it"),
+        (("bits_per_quantizable: 6.0", "{}"), "a budget has one limit"),
+        (("w8a16]", "w8a16, w8a16]"), "is there twice"),
+        (("w8a16]", "w4a4_dynamic]"), "w4a4_dynamic"),
+        (("w8a16]", "w9]"), "unknown scheme `w9`"),
+        (("calibration:", "smooth: {}\ncalibration:"), "`smooth` changes weights"),
+        (("samples: 40", "samples: 1"), "too few to measure on"),
+    ],
+)
+def test_what_cannot_be(bench: Bench, change: tuple[str, str], message: str) -> None:
+    text = RECIPE.replace(*change)
+    if change[1] == "{}":
+        text = RECIPE.replace("  bits_per_quantizable: 6.0\n", "")
+    bench.edit_recipe(text)
+    done = bench.run()
+    assert done.code == 2
+    assert message in done.err
+    assert not bench.root.joinpath("out.recipe.yaml").exists()
+
+
+def test_other_commands_do_not_spend(bench: Bench) -> None:
+    done = bench.calibrate()
+    assert done.code == 2
+    assert "which only `quantcli quantize` spends" in done.err
+    bench.edit_recipe('target: compressed-tensors\nrules: [{match: "*", scheme: budget}]\n')
+    done = bench.run()
+    assert done.code == 2
+    assert "the recipe has none" in done.err
+
+
+def test_sensitivity_on_text(bench: Bench) -> None:
+    folder = bench.root / "kept"
+    words = ["inspect", "--sensitivity", bench.model, "--recipe", bench.recipe, "--json"]
+    report = run_cli(*words, "--folder", folder).json
+    assert report["on_text"]
+    units = {unit["unit"]: unit for unit in report["units"]}
+    attention = units["model.layers.1.self_attn.q_proj+k_proj+v_proj"]
+    assert attention["modules"] == [f"model.layers.1.self_attn.{m}_proj" for m in "kqv"]
+    int4, int8 = (scheme["name"] for scheme in report["schemes"][:2])
+    for unit in units.values():
+        assert 0 < unit["errors"][int8] < unit["errors"][int4] / 20
+        assert unit["errors"]["keep"] == 0
+    assert "model.layers.0.self_attn.o_proj" not in units
+    total = report["schemes"][0]["error"]
+    assert attention["left_float"][int4] == pytest.approx(total - attention["errors"][int4])
+
+    # layers that are there are not measured again, and those that are not are
+    next(iter(sorted(folder.glob("sensitivity-*.json")))).unlink()
+    assert run_cli(*words, "--folder", folder).json == report
+    # float inputs have no error of their own
+    inputs = run_cli(*words, "--only", "inputs").json
+    assert all(unit["errors"][int4] < 1e-12 for unit in inputs["units"])
+
+
+def test_sensitivity_of_experts(bench: Bench, models: Models) -> None:
+    model = models("qwen3_moe")
+    words = ["inspect", "--sensitivity", model, "--recipe", bench.recipe, "--json"]
+    report = run_cli(*words).json
+    experts = [unit for unit in report["units"] if unit["unit"].endswith(".experts")]
+    assert len(experts) == 2
+    assert all(len(unit["modules"]) == 24 for unit in experts)
+    int4 = report["schemes"][0]["name"]
+    assert all(unit["errors"][int4] > 0 for unit in experts)
+
+
+def test_sensitivity_without_text(bench: Bench) -> None:
+    page = bench.root / "page.html"
+    done = run_cli("inspect", "--sensitivity", bench.model, "--report", page)
+    assert done.code == 0, done.err
+    assert "of weights alone" in done.out
+    assert "Nothing is known of inputs" in page.read_text()
+    refused = run_cli("inspect", "--sensitivity", bench.model, "--only", "inputs")
+    assert refused.code == 2
+    assert run_cli("inspect", bench.model, "--only", "inputs").code == 2
