@@ -468,8 +468,14 @@ class Plan(Work):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the recipe asks for samples: a scheme that measures inputs, or a method."""
-        return bool(self.methods)
+        """Whether the recipe asks for samples: a scheme that measures inputs, a method, or a rotation
+        that is learned."""
+        return bool(self.methods) or self.learns_rotation
+
+    @property
+    def learns_rotation(self) -> bool:
+        """Whether the recipe asks for learned matrices."""
+        return self.recipe.file.rotate is not None and self.recipe.file.rotate.learn is not None
 
     @property
     def asked(self) -> dict[str, int]:

@@ -35,7 +35,7 @@ def test_a_size_is_made_of_known_orders(size, rest, orders):
         assert torch.allclose(matrix.abs(), torch.full_like(matrix, size**-0.5), atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [48, 71, 142, 64])
+@pytest.mark.parametrize("size", [48, 71, 142])
 def test_a_band_does_not_change_bits(size, monkeypatch):
     """R^T W is the transpose of W^T R, to the last bit, however many rows are computed together."""
     weight = torch.randn(size, 5, generator=torch.Generator().manual_seed(0))

@@ -47,6 +47,11 @@ class Rotated(StoredTensor):
     heads: tuple[int, ...] | None = None
 
     @property
+    def in_source(self) -> StoredTensor:
+        """The tensor that is rotated."""
+        return self.source
+
+    @property
     def nbytes(self) -> int:
         """Bytes that it takes on disk."""
         return self.source.nbytes
@@ -78,6 +83,11 @@ class Constant(StoredTensor):
     source: StoredTensor = field()
     kind: str = field()
     value: float = 1.0
+
+    @property
+    def in_source(self) -> StoredTensor:
+        """The vector that it replaces."""
+        return self.source
 
     @property
     def nbytes(self) -> int:
@@ -123,7 +133,7 @@ class _RotatedRows:
         self._first = -1  # row of the band
 
     def weight(self, start: int, count: int) -> Tensor:
-        """Rows [start, start + count), as many as there are: float32 [rows, k], or [rows] of a vector."""
+        """Rows [start, start + count), as many as there are: float32, also of a vector."""
         shape = self._stored.spec.shape
         stop = min(start + count, shape[0])
         if len(shape) == 1:
