@@ -162,9 +162,11 @@ class Calibration(Block):
 
 
 class LearnRotation(Block):
-    """How rotations are learned: from Hadamard ones on, so that int4 changes the outputs of layers least."""
+    """How rotations are learned: so that int4 changes the outputs of layers least."""
 
-    epochs: Annotated[int, Field(ge=1, le=100)] = Field(4, description="passes over all layers and text")
+    epochs: Annotated[int, Field(ge=1, le=100)] = Field(
+        4, description="passes over all layers and text"
+    )
     rate: Annotated[float, Field(gt=0, le=1)] = Field(
         0.01, description="of the first step, in radians; it falls to 0"
     )

@@ -45,11 +45,11 @@ def in_basis(recipe: Recipe, checkpoint: Checkpoint) -> Checkpoint:
         raise InputError(error.what, where=where, fix=error.fix) from None
 
 
-def learned_basis(plan: Plan, folder: Path) -> Checkpoint:
+def learned_basis(plan: Plan, folder: Path | None) -> Checkpoint:
     """The checkpoint of a plan, with the matrices that a calibration in `folder` has learned; as it is
     if its recipe asks for none. InputError if they are missing, or not of this model."""
     checkpoint = plan.checkpoint
-    if not plan.learns_rotation or not _learned_from_here(checkpoint):
+    if folder is None or not plan.learns_rotation or not _learned_from_here(checkpoint):
         return checkpoint
     from quantcli.calibration.rotation.learning import learned_matrices
     from quantcli.checkpoint.rotation.rotation import with_matrices

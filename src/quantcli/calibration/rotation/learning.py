@@ -338,16 +338,17 @@ def learned_matrices(checkpoint: Checkpoint, folder: Path) -> dict[Orthogonal, O
         stored = {tensor.spec.name: tensor for tensor in read_header(folder / _FILE)[0]}
     except QuantError as error:
         raise _missing(folder) from error
+    turned = {n: t for n, t in checkpoint.tensors.items() if isinstance(t, Rotated)}
+    owners: dict[Orthogonal, str] = {}
+    for name, tensor in turned.items():
+        if tensor.heads is not None and tensor.left is not None:
+            owners[tensor.left] = name.removesuffix(".weight")
     found: dict[Orthogonal, Orthogonal] = {}
-    for name, tensor in checkpoint.tensors.items():
-        if not isinstance(tensor, Rotated):
-            continue
-        of_heads = {tensor.left} if tensor.heads is not None else set()
-        for matrix in {tensor.right, tensor.left} - {None}:
-            assert matrix is not None
-            own = name.rpartition(".")[0] if matrix in of_heads else _STREAM
-            if matrix in found or (matrix not in of_heads and matrix.size != _width(checkpoint)):
+    for tensor in turned.values():
+        for matrix in (tensor.right, tensor.left):
+            if matrix is None or matrix in found:
                 continue
+            own = owners.get(matrix, _STREAM)
             learned = stored.get(f"{own}.learned")
             if learned is None or learned.spec.shape != (matrix.size, matrix.size):
                 raise _missing(folder)

@@ -208,9 +208,7 @@ class _Names:
         )
 
 
-def with_matrices(
-    checkpoint: Checkpoint, matrices: Mapping[Orthogonal, Orthogonal]
-) -> Checkpoint:
+def with_matrices(checkpoint: Checkpoint, matrices: Mapping[Orthogonal, Orthogonal]) -> Checkpoint:
     """A rotated checkpoint with other matrices in the places of its own, each of which has one."""
     digest = hashlib.sha256("\n".join(each.digest for each in matrices.values()).encode()).hexdigest()
     kind = f"rotated ({digest[:16]})"
