@@ -112,6 +112,11 @@ def test_what_was_interrupted_goes_on(make: Callable[..., Bench]) -> None:
 
 def test_codes_are_in_the_checkpoint_with_the_scales_of_nearest(make: Callable[..., Bench]) -> None:
     unclipped = RECIPE.replace("symmetric: true,", "symmetric: true, clip: none,")
+    nearest_recipe = unclipped.replace("gptq", "nearest")
+    int4 = "group_size: 32, weight_rounding: gptq"
+    assert int4 in unclipped
+    kept = "group_size: 32, weight_rounding: {name: gptq, ranges: kept}"
+    unclipped = unclipped.replace(int4, kept)
     bench = make(unclipped)
     told = bench.run("--plan").out
     assert (
@@ -125,7 +130,7 @@ def test_codes_are_in_the_checkpoint_with_the_scales_of_nearest(make: Callable[.
     asked = "ranges of 12 modules, clips of 16 modules and codes of 28 modules"
     assert f"calibration  {bench.store}, {asked}\n" in again
     other = bench.at("nearest")
-    other.edit_recipe(unclipped.replace("gptq", "nearest"))
+    other.edit_recipe(nearest_recipe)
     assert other.run().code == 0
     mine, nearest, stored = tensors(bench.out), tensors(other.out), tensors(bench.store)
     changed = 0

@@ -112,7 +112,8 @@ def test_one_scale_of_siblings_while_calibrating(
 
 
 def test_scales_are_those_of_nearest_and_errors_smaller(make: Callable[..., Bench]) -> None:
-    bench = make()
+    kept = "weight_rounding: {name: gptq, ranges: kept}"
+    bench = make(RECIPE.replace("weight_rounding: gptq", kept))
     result = bench.run()
     assert result.code == 0, result.err
     other = bench.at("nearest")

@@ -293,6 +293,8 @@ def quantize_block(
         row_stats = {name: read(first_row, count) for name, read in calibrated.row_stats.items()}
         if "codes" in row_stats:
             _check_codes(row_stats["codes"], item)
+        if "scales" in row_stats:
+            _check_scales(row_stats["scales"], item)
         constants = {**constants, **row_stats}
     parts = item.scheme.quantize(rows, torch_dtype(item.engine_dtypes.weight_scale), constants, bias)
     if not math.isfinite(float(parts["weight_scale"].abs().amax())):  # NaN passes through amax
@@ -314,6 +316,18 @@ def _check_codes(codes: Tensor, item: Quantize) -> None:
         raise InputError(
             f"the calibration has codes that {element.name} does not have",
             where=f"`{item.module}` in {item.row_stats['codes'].file}",
+            fix="calibrate again, in another folder",
+        )
+
+
+def _check_scales(scales: Tensor, item: Quantize) -> None:
+    """InputError for stored scales that the engine cannot hold as they are."""
+    dtype = torch_dtype(item.engine_dtypes.weight_scale)
+    rounded = scales.to(dtype).float()
+    if not bool((torch.isfinite(scales) & (scales != 0) & (rounded == scales)).all()):
+        raise InputError(
+            f"the calibration has scales that {str(dtype)[6:]} cannot hold",
+            where=f"`{item.module}` in {item.row_stats['scales'].file}",
             fix="calibrate again, in another folder",
         )
 

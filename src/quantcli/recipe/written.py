@@ -123,6 +123,7 @@ def explain(
     loc, kind = first["loc"], first["type"]
     if loc and kind not in {"extra_forbidden", "missing"} and loc[-1] in {"str", "dict[str,any]"}:
         loc = loc[:-1]  # pydantic's name for one branch of a union
+    loc = tuple(step for step in loc if step not in _TAGS)
     where = document.where((*place, *loc))
     key = ".".join(map(str, (*place, *loc) if place in {SMOOTH, KV_CACHE} else loc))
     if kind == "extra_forbidden":
@@ -136,6 +137,7 @@ def explain(
     return InputError(what, where=where, fix=f"{page} describes each key")
 
 
+_TAGS = {"word", "options"}  # pydantic's names for branches that a discriminator chooses from
 _MESSAGES = {  # pydantic's error types -> messages in terms of YAML
     "model_type": "expected a mapping", "dict_type": "expected a mapping",
     "list_type": "expected a list", "too_short": "must not be empty",

@@ -2,37 +2,102 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self, TypeAlias
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from torch import Tensor
 
-from quantcli.core.numerics import Stats
+from quantcli.core.numerics import Parts, Stats
 from quantcli.schemes.arithmetic import elements
+from quantcli.schemes.arithmetic.gptq import BLOCK, DAMPING
 from quantcli.schemes.base import Scheme
+
+
+class Gptq(BaseModel):
+    """The options of GPTQ. `weight_rounding: gptq` has the defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: Literal["gptq"]
+    damping: float = Field(
+        DAMPING,
+        gt=0,
+        le=1,
+        description="of the mean square of inputs, added to that of each: more of it keeps the weight "
+        "nearer to the one rounded to nearest",
+    )
+    act_order: bool = Field(
+        True, description="columns go by the size of their inputs; false: as they are stored"
+    )
+    block_size: int = Field(
+        BLOCK, ge=1, le=2**16, description="columns between two updates of all that follow"
+    )
+    true_sequential: bool = Field(
+        True,
+        description="modules of a layer are rounded on what those before them make of the text, with "
+        "`inputs: quantized`; false: on what the float ones make of it, in a third of the time",
+    )
+    sweeps: int = Field(
+        2,
+        ge=0,
+        le=100,
+        description="how often scales and codes are mended afterwards, each for what all others leave",
+    )
+    ranges: Literal["fitted", "kept"] = Field(
+        "fitted",
+        description="scales of groups or rows: fitted mends them together with codes, in each of the "
+        "`sweeps`; kept leaves them as the scheme finds them",
+    )
+
+
+def _form(value: object) -> str:
+    return "word" if isinstance(value, str) else "options"
+
+
+# the tags of the branches stand in pydantic's places of errors: see `recipe/written.py`
+WeightRounding: TypeAlias = Annotated[
+    Annotated[Literal["nearest", "gptq"], Tag("word")] | Annotated[Gptq, Tag("options")],
+    Discriminator(_form),
+]
 
 
 class RoundedWeights(Scheme):
     """The option that schemes with such weights share.
 
     With `gptq`, codes are chosen while the model is calibrated, against the very scales that `quantize`
-    finds; it is then given them as the stat `codes`, in the form of its `weight`, and takes them as
-    they are.
+    finds, or with scales of their own. It is then given them as the stat `codes`, in the form of its
+    `weight`, and `scales`, in that of its `weight_scale`, and takes them as they are.
     """
 
-    row_stats: ClassVar[frozenset[str]] = frozenset({"codes"})
+    row_stats: ClassVar[frozenset[str]] = frozenset({"codes", "scales"})
+    # whether `weight_scale` may be any number of its type: no other part depends on it
+    free_scales: ClassVar[bool] = True
 
-    weight_rounding: Literal["nearest", "gptq"] = Field(
+    weight_rounding: WeightRounding = Field(
         "nearest",
         description="gptq: each column of a weight makes up for the errors of those before it, by how "
-        "inputs go together; needs calibration data",
+        "inputs go together; needs calibration data. Or a mapping with the name and options",
     )
+
+    @property
+    def gptq(self) -> Gptq | None:
+        """The options, if data chooses the codes."""
+        if isinstance(self.weight_rounding, Gptq):
+            return self.weight_rounding
+        return Gptq(name="gptq") if self.weight_rounding == "gptq" else None
 
     @property
     def rounded_by_data(self) -> bool:
         """If an option says so."""
-        return self.weight_rounding == "gptq"
+        return self.weight_rounding != "nearest"
+
+    @property
+    def fits_scales(self) -> bool:
+        """Whether data chooses the scales, too."""
+        options = self.gptq
+        fitted = options is not None and options.ranges == "fitted" and options.sweeps > 0
+        return fitted and self.free_scales and self.numerics.weight.symmetric
 
     @property
     def without_inputs(self) -> Self:
@@ -40,13 +105,26 @@ class RoundedWeights(Scheme):
         return super().without_inputs.model_copy(update={"weight_rounding": "nearest"})
 
     def blank(self, k: int, engine_dtype: torch.dtype) -> Stats:
-        """Also `codes` of no rows, if data chooses them."""
-        measured = super().blank(k, engine_dtype)
-        codes = {"codes": elements.encode(torch.empty((0, k)), self.numerics.weight.element)}
-        return {**measured, **codes} if self.rounded_by_data else measured
+        """Also `codes`, and `scales` float32, of no rows, if data chooses them."""
+        measured = dict(super().blank(k, engine_dtype))
+        weight = self.numerics.weight
+        if self.rounded_by_data:
+            measured["codes"] = elements.encode(torch.empty((0, k)), weight.element)
+        if self.fits_scales:
+            groups = -(-k // weight.block[1]) if weight.block else 1
+            measured["scales"] = torch.empty((0, groups))
+        return measured
 
 
 def chosen(constants: Stats, nearest: Tensor) -> Tensor:
     """The codes of some rows: the stat `codes`, in dtype and shape of `nearest`, or else `nearest`."""
     codes = constants.get("codes")
     return nearest if codes is None else codes.to(nearest.device)
+
+
+def given(constants: Stats, device: torch.device) -> Parts | None:
+    """`weight` and `weight_scale` of some rows, if data has chosen both."""
+    codes, scales = constants.get("codes"), constants.get("scales")
+    if codes is None or scales is None:
+        return None
+    return {"weight": codes.to(device), "weight_scale": scales.to(device)}

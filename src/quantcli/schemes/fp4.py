@@ -12,7 +12,7 @@ from torch import Tensor
 from quantcli.core.numerics import MXFP4, NO_STATS, NVFP4, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import fp4
 from quantcli.schemes.base import Bias
-from quantcli.schemes.by_data import RoundedWeights, chosen
+from quantcli.schemes.by_data import RoundedWeights, chosen, given
 
 
 class Fp4Weights(RoundedWeights):
@@ -50,8 +50,10 @@ class Fp4Weights(RoundedWeights):
         weight_scale float32 [..., n, ceil(k / columns)], exact in the type of scales, whatever
         `engine_dtype` is; weight_global_scale float32 [1] if the format has one."""
         whole = self.whole(constants, rows.device)
-        packed, scale = fp4.quantize(rows, whole, self.grid, search=self.searches_scales)
-        parts = {"weight": chosen(constants, packed), "weight_scale": scale}
+        parts = given(constants, rows.device)
+        if parts is None:
+            packed, scale = fp4.quantize(rows, whole, self.grid, search=self.searches_scales)
+            parts = {"weight": chosen(constants, packed), "weight_scale": scale}
         return parts if whole is None else parts | {"weight_global_scale": whole}
 
     def dequantize(self, parts: Parts) -> Tensor:

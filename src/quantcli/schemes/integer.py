@@ -18,7 +18,7 @@ from quantcli.core.number_types import ELEMENTS
 from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
 from quantcli.schemes.arithmetic import clipping, rounding, tiles
 from quantcli.schemes.base import Bias, ClippedWeights, Scheme
-from quantcli.schemes.by_data import RoundedWeights, chosen
+from quantcli.schemes.by_data import RoundedWeights, chosen, given
 
 LARGEST, LEAST = ELEMENTS["int4"].largest, ELEMENTS["int4"].least
 GROUP_SIZES = (128, 64, 32)  # that `auto` chooses from, in this order
@@ -85,6 +85,8 @@ class IntegerWeights(RoundedWeights, ClippedWeights):
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
         """Codes int8 [..., n, k], weight_scale as `nearest` gives it."""
+        if (parts := given(constants, rows.device)) is not None:
+            return parts
         codes, scale = self.nearest(rows, engine_dtype, constants)
         return {"weight": chosen(constants, codes), "weight_scale": scale}
 

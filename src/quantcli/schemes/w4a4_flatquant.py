@@ -12,7 +12,7 @@ from quantcli.core.numerics import NO_STATS, Parts, Stats
 from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import kronecker, rounding
 from quantcli.schemes.base import Bias, Learner, LearningTask
-from quantcli.schemes.by_data import chosen
+from quantcli.schemes.by_data import WeightRounding, chosen
 from quantcli.schemes.int4_kronecker import Int4Kronecker
 from quantcli.schemes.integer import LARGEST, LEAST
 from quantcli.schemes.transformed import SHARED, Transformed
@@ -24,8 +24,9 @@ class W4A4FlatQuant(Transformed, Int4Kronecker):
 
     name: ClassVar[str] = "w4a4_flatquant"
     row_stats: ClassVar[frozenset[str]] = frozenset({"weight_clip", "codes"})
+    free_scales: ClassVar[bool] = False  # clips decide them
 
-    weight_rounding: Literal["nearest", "gptq"] = Field(
+    weight_rounding: WeightRounding = Field(
         "gptq", description="how transformed weights are rounded once the transforms are learned"
     )
     clip: Literal["learned", "mse", "none"] = Field(  # type: ignore[assignment]  # one more than others

@@ -31,6 +31,7 @@ class Int8Static(IntegerWeights):
     """Options and arithmetic of static int8 inputs. A subclass adds the parts that are stored."""
 
     model_config = ConfigDict(serialize_by_alias=True)
+    free_scales: ClassVar[bool] = False  # `deq_scale` goes with it
 
     symmetric: bool = Field(False, description="no offset: 127 steps to either side of zero")
     # `observer` in recipes; here that is the name of a method

@@ -242,6 +242,30 @@ def test_bad_rules(load, change, what):
 
 
 @pytest.mark.parametrize(
+    ("rounding", "what"),
+    [
+        ("gtpq", "`weight_rounding`: input should be 'nearest' or 'gptq'"),
+        (True, "`weight_rounding`: expected a mapping"),
+        (None, "`weight_rounding`: expected a mapping"),
+        ({}, "key `weight_rounding.name` is missing"),
+        ({"name": "nearest"}, "`weight_rounding.name`: input should be 'gptq'"),
+        ({"name": "gptq", "sweep": 1}, "unknown key `weight_rounding.sweep`"),
+        ({"name": "gptq", "damping": 0}, "`weight_rounding.damping`: input should be greater than 0"),
+        ({"name": "gptq", "damping": math.nan}, "`weight_rounding.damping`: "),
+        ({"name": "gptq", "sweeps": True}, "`weight_rounding.sweeps`: expected a whole number"),
+        ({"name": "gptq", "ranges": "mse"}, "`weight_rounding.ranges`: input should be 'fitted' or"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["w4a16", "nvfp4", "w4a4_flatquant"])
+def test_bad_options_of_rounding(load, scheme, rounding, what):
+    table = rules(("*", {"name": scheme, "weight_rounding": rounding}))
+    with pytest.raises(InputError) as caught:
+        load(table)
+    assert caught.value.what.startswith(what)
+    assert "r.yaml:" in caught.value.where
+
+
+@pytest.mark.parametrize(
     ("more", "what"),
     [
         ({"target": "vllm"}, "unknown target `vllm`"),

@@ -14,7 +14,7 @@ from quantcli.calibration.replay.taps import Matrix
 from quantcli.core.number_types import ELEMENTS
 from quantcli.schemes.arithmetic import elements, fp4
 from quantcli.schemes.arithmetic import gptq as module
-from quantcli.schemes.arithmetic.gptq import Feedback, factorize, gptq
+from quantcli.schemes.arithmetic.gptq import Descent, Feedback, factorize, gptq
 
 CPU = torch.device("cpu")
 INT4, FP4 = ELEMENTS["int4"], ELEMENTS["fp4_e2m1"]
@@ -126,6 +126,86 @@ def test_factorization_by_tiles(monkeypatch, tile):
     assert factorize(matrix)
     lower = matrix.tril()
     assert torch.allclose(lower @ lower.T, work, rtol=1e-10)
+
+
+# descent
+
+
+def best_alone(w, h, numbers, scale, columns, element, damping, to_scale):
+    """One sweep by trying: each scale by its formula on the whole matrix, then each code."""
+    hessian = h.double() + damping * torch.eye(len(h)).double()
+    w, numbers, scale = w.double(), numbers.double().clone(), scale.double().clone()
+    k = w.shape[1]
+    values = torch.tensor(element.values or range(int(element.least), int(element.largest) + 1))
+
+    def error(numbers, scale):
+        lost = w - numbers * scale.repeat_interleave(columns, 1)[:, :k]
+        return ((lost @ hessian) * lost).sum(1)
+
+    width = max(128 // columns * columns, 1) if columns <= 128 else k
+    for start in range(0, k, width):
+        for place in range(start // columns, -(-min(start + width, k) // columns)):
+            part = slice(place * columns, (place + 1) * columns)
+            lost = w - numbers * scale.repeat_interleave(columns, 1)[:, :k]
+            slope = ((lost @ hessian)[:, part] * numbers[:, part]).sum(1)
+            curve = ((numbers[:, part] @ hessian[part, part]) * numbers[:, part]).sum(1)
+            tried = scale.clone()
+            tried[:, place] = to_scale((scale[:, place] + slope / curve).abs().float()).double()
+            tried[:, place] = tried[:, place].copysign(scale[:, place])
+            better = error(numbers, tried) < error(numbers, scale)
+            scale = torch.where(better[:, None], tried, scale)
+        for column in range(start, min(start + width, k)):
+            errors = []
+            for value in values:
+                tried = numbers.clone()
+                tried[:, column] = value
+                errors.append(error(tried, scale))
+            numbers[:, column] = values.double()[torch.stack(errors).argmin(0)]
+    return numbers, scale
+
+
+def to_bfloat16(scale):
+    return scale.bfloat16().float()
+
+
+@pytest.mark.parametrize(
+    ("k", "columns", "element"), [(96, 32, INT4), (40, 40, INT4), (160, 32, FP4), (150, 150, INT4)]
+)
+def test_a_sweep_finds_what_trying_finds(k, columns, element):
+    w, h, step = case(8, k, groups=k // columns)
+    scale = to_bfloat16(step[:, ::columns]).contiguous() if columns < k else to_bfloat16(step)
+    scale = scale.view(8, -1)
+    scale[:4] *= -1
+    descent = Descent(1, columns, scale, None, to_bfloat16)
+    first = elements.decode(Feedback.of(h).round(w, descent.step(scale, k), element), element, k)
+    numbers, found = descent.mended(w, h, first, element, 0.1)
+    wanted, scales = best_alone(w, h, first, scale, columns, element, 0.1, to_bfloat16)
+    assert torch.equal(numbers.double(), wanted)
+    assert torch.equal(found.double(), scales)
+    assert not torch.equal(numbers, first)
+    assert not torch.equal(found, scale)
+    assert torch.equal(found.sign(), scale.sign())
+
+
+def test_sweeps_lower_the_error_and_leave_scales_that_are_kept():
+    w, h, step = case(16, 256, dead=7, groups=4)
+    near = nearest(w, step)
+    feedback = Feedback.of(h)
+    errors = []
+    for sweeps in (0, 1, 4):
+        kept = Descent(sweeps, 64, step[:, ::64].contiguous())
+        found = gptq(w, h, step, near, INT4, feedback, kept)
+        assert torch.equal(found.scale, kept.scale)
+        fitted = gptq(
+            w, h, step, near, INT4, feedback, Descent(sweeps, 64, kept.scale, None, to_bfloat16)
+        )
+        errors.append((float(found.error.sum()), float(fitted.error.sum())))
+        lost = (w - fitted.codes * fitted.scale.repeat_interleave(64, 1)).double()
+        assert torch.allclose((lost @ h.double() * lost).sum(1), fitted.error, rtol=1e-3)
+    (none, same), (one, one_fitted), (four, four_fitted) = errors
+    assert none == same
+    assert four < one < none
+    assert four_fitted < one_fitted < one
 
 
 # sums

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,9 +50,11 @@ from quantcli.checkpoint.tensors import read_span
 from quantcli.core.errors import InputError
 from quantcli.core.exact import exact_device
 from quantcli.core.numerics import NO_STATS, Parts
+from quantcli.schemes.arithmetic import rounding as numbers
 from quantcli.schemes.arithmetic import tiles
-from quantcli.schemes.arithmetic.gptq import DAMPING, Each, Feedback, Rounded, gptq, squares
+from quantcli.schemes.arithmetic.gptq import Descent, Each, Feedback, Rounded, gptq, squares
 from quantcli.schemes.base import Scheme
+from quantcli.schemes.by_data import Gptq, RoundedWeights
 
 _ROWS = 1024  # that one job rounds
 _COLLECTING, _ROUNDING = 1.0, 1.0  # see `Method.passes`
@@ -61,14 +63,26 @@ _UNREACHED = "no token reached it"
 _SINGULAR = "its inputs are linearly dependent beyond damping"
 
 
+# what decides codes, next to options: calibrations of another one are not used
+_ALGORITHM = "gptq with sweeps"
+
+
 @dataclass(frozen=True)
 class _Objective:
     """hessian: products of inputs, float32 [k, k]. feedback: None if that cannot be factorized. toward:
-    the factor [k, k] that corrects weights for rounded inputs; None if inputs are not rounded."""
+    the factor [k, k] that corrects weights for rounded inputs; None if inputs are not rounded.
+    options: with which the feedback was made."""
 
     hessian: Tensor
     feedback: Feedback | None
     toward: Tensor | None
+    options: Gptq
+
+
+def _options(scheme: Scheme) -> Gptq:
+    """Those of a scheme; the usual ones, with its own scales, of one that has none."""
+    found = scheme.gptq if isinstance(scheme, RoundedWeights) else None
+    return found or Gptq(name="gptq", ranges="kept")
 
 
 class Rounding(Method):
@@ -82,6 +96,11 @@ class Rounding(Method):
     def uses(self, scheme: Scheme) -> Collection[str]:
         """Not those of learned transforms, which are one result with their codes."""
         return super().uses(scheme) if scheme.schedule is None else ()
+
+    def measured(self, scheme: Scheme, weight_dtype: str, input_dtype: str) -> Any:
+        """Also all options of GPTQ, as they are meant now."""
+        options = _options(scheme).model_dump(mode="json")
+        return [*super().measured(scheme, weight_dtype, input_dtype), _ALGORITHM, options]
 
     def nbytes(self, weights: Sequence[tuple[Scheme, int]]) -> int:
         """As the module says. If inputs are rounded, there are two sums, and weights are corrected for
@@ -178,7 +197,8 @@ class RoundingPass(Measurement):
                 if self._wants_codes(module):
                     leader = stand_ins.get(module, leaders.get(matrix, matrix))
                     modules_of[leader].append(module)
-        if self.run.policy.inputs == "float":
+        options = [_options(self._scheme(m)) for modules in modules_of.values() for m in modules]
+        if self.run.policy.inputs == "float" or not any(o.true_sequential for o in options):
             if modules_of:
                 yield modules_of
             return
@@ -304,7 +324,6 @@ class RoundingPass(Measurement):
         if not hessian.finite:
             raise not_finite(modules[0], str(self.run.skeleton.checkpoint.path))
         objective: _Objective | None = None
-        toward = self._toward(hessian, each)
         for module in modules:
             module_policy = self.run.policy.quantized[module]
             scheme = module_policy.scheme
@@ -313,17 +332,28 @@ class RoundingPass(Measurement):
             read = hessian.sum
             if hessian.rounded is None:
                 read = scheme.as_read(scheme.as_read(read, constants).T, constants).T
-            if objective is None or not (read is hessian.sum or torch.equal(read, objective.hessian)):
-                feedback = Feedback.of(read, each=each) if hessian.tokens else None
-                objective = _Objective(read, feedback, toward)
+            options = _options(scheme)
+            if (
+                objective is None
+                or objective.options != options
+                or not (read is hessian.sum or torch.equal(read, objective.hessian))
+            ):
+                feedback = None
+                if hessian.tokens:
+                    damping, act_order = options.damping, options.act_order
+                    feedback = Feedback.of(read, damping=damping, act_order=act_order, each=each)
+                if feedback is not None:
+                    feedback = replace(feedback, block_size=options.block_size)
+                toward = self._toward(hessian, options.damping, each)
+                objective = _Objective(read, feedback, toward, options)
             self._round(module, constants, objective, each)
             if objective.feedback is None:
                 self._rounded_to_nearest(module, _SINGULAR if hessian.tokens else _UNREACHED)
 
-    def _toward(self, hessian: Hessian, each: Each) -> Tensor | None:
+    def _toward(self, hessian: Hessian, damping: float, each: Each) -> Tensor | None:
         corrections: list[Tensor | None] = []
         # on one thread, as all here
-        each(lambda _: corrections.append(hessian.toward(DAMPING)), range(1))
+        each(lambda _: corrections.append(hessian.toward(damping)), range(1))
         return corrections[0] if hessian.tokens else None
 
     def _round(self, module: str, constants: Parts, objective: _Objective, each: Each) -> None:
@@ -333,6 +363,7 @@ class RoundingPass(Measurement):
         scheme, input_dtype = self._scheme(module), self.run.policy.quantized[module].input_dtype
         blank = scheme.blank(k, input_dtype)["codes"]
         codes = blank.new_empty((n, *blank.shape[1:]))
+        scales: list[Tensor] = [torch.empty(0)] * -(-n // _ROWS)
         own = scheme.row_stats & self.stats.get(module, NO_STATS).keys()
         constants = {**constants, **self._whole(module)}
 
@@ -343,9 +374,14 @@ class RoundingPass(Measurement):
             rounded = self._block(module, block, row_constants, objective)
             codes[block] = rounded.codes.cpu()
             errors[:, block] = torch.stack([rounded.error, rounded.nearest, rounded.signal]).cpu()
+            if rounded.scale is not None:
+                scales[start // _ROWS] = rounded.scale.cpu()
 
         each(work, range(0, n, _ROWS))
-        self.stats[module] = {**self.stats.get(module, NO_STATS), "codes": codes}
+        chosen = {"codes": codes}
+        if isinstance(scheme, RoundedWeights) and scheme.fits_scales:
+            chosen["scales"] = torch.cat(scales)
+        self.stats[module] = {**self.stats.get(module, NO_STATS), **chosen}
         error, nearest, signal = (float(row.sum()) for row in errors)
         if signal:
             relative = {"output_error": error / signal, "output_error_nearest": nearest / signal}
@@ -359,23 +395,40 @@ class RoundingPass(Measurement):
         rows, bias = rows.to(device), None if bias is None else bias.to(device)
         weight_dtype = self.run.policy.quantized[module].weight_dtype
         parts = scheme.quantize(rows, weight_dtype, row_constants, bias)
-        step, zero = parts["weight_scale"], parts.get("weight_zero_point")
-        if (whole := parts.get("weight_global_scale")) is not None:
-            step = step * whole
-        if tile := scheme.numerics.weight.block:  # one scale for some columns
-            step = tiles.spread(step, tile, *rows.shape)
-            zero = None if zero is None else tiles.spread(zero, tile, *rows.shape)
         targets = scheme.to_round(rows, row_constants)
         if objective.toward is not None:
             targets = targets @ objective.toward
-        hessian, feedback = objective.hessian, objective.feedback
-        element = scheme.numerics.weight.element
-        if zero is None:
-            return gptq(targets, hessian, step, parts["weight"], element, feedback)
-        # codes less their zero points stand for weights, and so do codes for weights that are shifted
-        shifted = torch.addcmul(targets, zero.float().expand_as(targets), step.expand_as(targets))
-        rounded = gptq(shifted, hessian, step, parts["weight"], element, feedback)
-        return rounded._replace(signal=squares(targets, hessian))
+        options, tile = objective.options, scheme.numerics.weight.block
+        descent = Descent(
+            options.sweeps,
+            tile[1] if tile else rows.shape[1],
+            parts["weight_scale"].float(),
+            parts.get("weight_global_scale"),
+            self._to_scale(scheme, weight_dtype),
+        )
+        step, zero = descent.step(descent.scale, rows.shape[1]), parts.get("weight_zero_point")
+        shifted = targets
+        if zero is not None:
+            # codes less their zero points stand for weights, as do codes for weights that are shifted
+            zero = tiles.spread(zero, tile, *rows.shape) if tile else zero
+            shifted = torch.addcmul(targets, zero.float().expand_as(targets), step)
+        rounded = gptq(
+            shifted,
+            objective.hessian,
+            step,
+            parts["weight"],
+            scheme.numerics.weight.element,
+            objective.feedback,
+            descent,
+        )
+        return rounded if zero is None else rounded._replace(signal=squares(targets, objective.hessian))
+
+    @staticmethod
+    def _to_scale(scheme: Scheme, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        """The nearest numbers that may be scales; None if scales stay as they are."""
+        if not isinstance(scheme, RoundedWeights) or not scheme.fits_scales:
+            return None
+        return lambda scale: numbers.nearest(scale, dtype)
 
     def _rows(self, module: str, block: slice) -> tuple[Tensor, Tensor | None]:
         """Rows of a stored weight and its bias, edited, as `quantize` will read them."""

@@ -14,6 +14,11 @@ type that is nearest to t_i / s_i, with
 These are the codes of the paper, which takes U = R^-1 and keeps the columns that are left up to date;
 this way needs neither the inverse nor a copy of the weight.
 
+`Descent` lowers what is left: it goes over the groups and columns of a row again, and takes for each
+scale, then for each code, the number that is best while all others stay. With the slopes g = d H, a
+group with codes q gets the scale s + (g q) / (q H q), and a column the code that is nearest to
+q_i + g_i / (H_ii s).
+
 Rows do not depend on each other. Bits do not depend on the number of threads: jobs have a fixed size.
 """
 
@@ -49,10 +54,14 @@ class Feedback:
 
     order:  int64 [k], the columns as they are rounded, those with the largest inputs first.
     shares: float32 [k, k] in that order, strictly upper triangular: R_ji / R_ii.
+    added:  what was added to the diagonal of H.
+    block_size: columns between two updates of all that follow.
     """
 
     order: Tensor
     shares: Tensor
+    added: float = 0.0
+    block_size: int = BLOCK
 
     @classmethod
     def of(
@@ -82,7 +91,7 @@ class Feedback:
             if factorize(work, each):
                 shares = torch.empty_like(hessian)
                 each(_sharer(shares, work), range(0, k, _TILE))
-                return cls(order, shares)
+                return cls(order, shares, damping * mean * 10**attempt)
         return None
 
     def round(self, rows: Tensor, step: Tensor, element: ElementType) -> Tensor:
@@ -97,8 +106,8 @@ class Feedback:
         if step.shape[1] == k:
             steps = steps.contiguous()
         lost = torch.empty_like(columns)
-        for start in range(0, k, BLOCK):
-            block = slice(start, min(start + BLOCK, k))
+        for start in range(0, k, self.block_size):
+            block = slice(start, min(start + self.block_size, k))
             targets = columns[block] + self.shares[:start, block].T @ lost[:start]
             within = self.shares[block, block]
             for place, column in enumerate(range(start, block.stop)):
@@ -165,14 +174,125 @@ def _sharer(shares: Tensor, lower: Tensor) -> Callable[[int], None]:
     return share
 
 
+@dataclass(frozen=True)
+class Descent:
+    """How codes and scales are mended, one at a time, while all others stay.
+
+    sweeps:   how often over all columns.
+    columns:  that share a scale.
+    scale:    float32 [n, groups], as it is stored.
+    whole:    what all scales are multiplied with, float32 [1]; None: nothing.
+    to_scale: the nearest numbers that may be a scale; None: scales stay as they are.
+    """
+
+    sweeps: int
+    columns: int
+    scale: Tensor
+    whole: Tensor | None = None
+    to_scale: Callable[[Tensor], Tensor] | None = None
+
+    def step(self, scale: Tensor, k: int) -> Tensor:
+        """What each of k columns is multiplied with, float32 [n, k]."""
+        step = scale if self.whole is None else scale * self.whole
+        return step.repeat_interleave(self.columns, 1)[:, :k]
+
+    def mended(
+        self, rows: Tensor, hessian: Tensor, numbers: Tensor, element: ElementType, damping: float
+    ) -> tuple[Tensor, Tensor]:
+        """Numbers of the codes' type, float32 [n, k], and scales. No change makes d (H + damping I) d^T
+        larger.
+
+        rows, numbers: float32 [n, k]; hessian: float32 [k, k].
+        """
+        k, columns = rows.shape[1], self.columns
+        numbers, scale = numbers.T.contiguous(), self.scale.clone()
+        lost = rows - numbers.T * self.step(scale, k)
+        slopes = lost @ hessian + lost * damping
+        # a block is as many whole groups as fit, or a part of a row that is all one group
+        width = max(BLOCK // columns * columns, 1) if columns <= BLOCK else BLOCK
+        for _ in range(self.sweeps):
+            if columns > BLOCK and self.to_scale is not None:
+                self._fit_wide(slopes, hessian, numbers, scale, damping)
+            for start in range(0, k, width):
+                block = slice(start, min(start + width, k))
+                corner = hessian[block, block].clone()
+                corner.diagonal().add_(damping)
+                within, number = slopes[:, block].T.contiguous(), numbers[block]
+                change = torch.zeros_like(number)
+                if columns <= BLOCK and self.to_scale is not None:
+                    for first in range(0, len(number), columns):
+                        part = slice(first, first + columns)
+                        of_group = number[part]
+                        curve = (corner[part, part] @ of_group).mul_(of_group).sum(0)
+                        place = (start + first) // columns
+                        moved = self._fit(scale, place, (within[part] * of_group).sum(0), curve)
+                        change[part] = of_group * moved
+                        within -= corner[:, part] @ change[part]
+                step = scale[:, start // columns : -(-block.stop // columns)].T.contiguous()
+                self._codes(corner, within, number, change, step, element)
+                slopes -= change.T @ hessian[block]
+                slopes[:, block] -= change.T * damping
+        return numbers.T.contiguous(), scale
+
+    def _fit(self, scale: Tensor, place: int, slope: Tensor, curve: Tensor) -> Tensor:
+        """Move the scales of a group where that is better. slope, curve: g q and q H q, float32 [n].
+        Returns the changes of steps [n]."""
+        assert self.to_scale is not None
+        old, whole = scale[:, place].clone(), 1.0 if self.whole is None else self.whole
+        new = self.to_scale((old * whole + slope / curve).abs() / whole).copysign(old)
+        moved = (new - old) * whole
+        gain = 2 * moved * slope - moved.square() * curve
+        moved = torch.where(torch.isfinite(gain) & (gain > 0), moved, 0.0)
+        scale[:, place] = torch.where(moved == 0, old, new)
+        return moved
+
+    def _fit_wide(
+        self, slopes: Tensor, hessian: Tensor, numbers: Tensor, scale: Tensor, damping: float
+    ) -> None:
+        """The scales of groups that are wider than a block; adapts the slopes."""
+        for place in range(scale.shape[1]):
+            part = slice(place * self.columns, min((place + 1) * self.columns, len(numbers)))
+            of_group = numbers[part].T
+            curve = ((of_group @ hessian[part, part] + of_group * damping) * of_group).sum(1)
+            moved = self._fit(scale, place, (slopes[:, part] * of_group).sum(1), curve)
+            change = of_group * moved[:, None]
+            slopes -= change @ hessian[part]
+            slopes[:, part] -= change * damping
+
+    def _codes(
+        self,
+        corner: Tensor,
+        within: Tensor,
+        number: Tensor,
+        change: Tensor,
+        step: Tensor,
+        element: ElementType,
+    ) -> None:
+        """The codes of a block's columns, all [columns, n]; adds what weights lose to `change`.
+
+        step: the scales of the block's groups [groups, n].
+        """
+        steps = step if self.whole is None else step * self.whole
+        curves = corner.diagonal()
+        for place in range(len(number)):
+            each = steps[place // self.columns]
+            best = torch.addcdiv(number[place], within[place], curves[place] * each)
+            new = elements.nearest(best, element)
+            moved = (new - number[place]) * each
+            within[place + 1 :].addr_(corner[place + 1 :, place], moved, alpha=-1)
+            change[place] += moved
+            number[place] = new
+
+
 class Rounded(NamedTuple):
     """Codes of n rows, and of each row the error of its output, float64 [n]: of these codes, of the
-    nearest ones, and without any weight."""
+    nearest ones, and without any weight. scale: as `Descent` has it; None if nothing was mended."""
 
     codes: Tensor
     error: Tensor
     nearest: Tensor
     signal: Tensor
+    scale: Tensor | None = None
 
 
 def squares(rows: Tensor, hessian: Tensor) -> Tensor:
@@ -187,25 +307,37 @@ def gptq(
     nearest: Tensor,
     element: ElementType,
     feedback: Feedback | None,
+    descent: Descent | None = None,
 ) -> Rounded:
-    """Codes of a block of rows: for each row those of GPTQ, or `nearest` if they are better.
+    """Codes of a block of rows: for each row those of GPTQ, mended by `descent`, or `nearest` if they
+    are better.
 
     rows: float32 [n, k]; hessian: sum x x^T, float32 [k, k]; step, element: as in `Feedback.round`;
-    nearest: codes as `elements.encode` has them. feedback: of this hessian; None: nearest. Errors are
-    sums of squares over the inputs.
+    nearest: codes as `elements.encode` has them. feedback: of this hessian; None:
+    nearest. Errors are sums of squares over the inputs.
     """
+    k = rows.shape[1]
 
-    def error(codes: Tensor) -> Tensor:
-        numbers = elements.decode(codes, element, rows.shape[1])
+    def error(numbers: Tensor, step: Tensor) -> Tensor:
         return squares(torch.addcmul(rows, numbers, step.expand_as(rows), value=-1), hessian)
 
     signal = squares(rows, hessian)
-    plain = error(nearest)
+    plain = error(elements.decode(nearest, element, k), step)
+    scale = None if descent is None else descent.scale
     if feedback is None:
-        return Rounded(nearest, plain, plain, signal)
+        return Rounded(nearest, plain, plain, signal, scale)
     codes = feedback.round(rows, step, element)
-    total = error(codes)
+    numbers = elements.decode(codes, element, k)
+    total = error(numbers, step)
+    if descent is not None:
+        numbers, found = descent.mended(rows, hessian, numbers, element, feedback.added)
+        left = error(numbers, descent.step(found, k))
+        lower = left < total
+        codes = torch.where(lower[:, None], elements.encode(numbers, element), codes)
+        total = torch.minimum(left, total)
+        scale = torch.where(lower[:, None], found, descent.scale)
     better = total < plain
-    return Rounded(
-        torch.where(better[:, None], codes, nearest), torch.where(better, total, plain), plain, signal
-    )
+    if descent is not None and scale is not None:
+        scale = torch.where(better[:, None], scale, descent.scale)
+    codes = torch.where(better[:, None], codes, nearest)
+    return Rounded(codes, torch.where(better, total, plain), plain, signal, scale)

@@ -42,6 +42,7 @@ from quantcli.verification.spread.pool import Pool
 from quantcli.verification.structure import layer_of
 
 _CLIPS = "input_square"  # the statistic that clips by inputs need
+_CHOSEN = {"codes": "weight", "scales": "weight_scale"}  # by data, and the parts that have them
 NOT_RECOMPUTED = "codes and scales were not recomputed"
 GIVE_CALIBRATION = "give --calibration DIR, the folder that `quantize` kept"
 
@@ -175,6 +176,9 @@ class Recomputation:
             return [spec for spec in specs if spec.name == codes and "codes" not in taken]
         suffixes = [param.suffix for param in module.constants if param.suffix.startswith("input_")]
         suffixes += [module.layout.weight.suffix] if "codes" in taken else []
+        if "scales" in taken:
+            params = module.layout.params
+            suffixes += [p.suffix for p in params if (p.part or p.suffix) == "weight_scale"]
         return [spec for spec in specs if spec.name.removeprefix(f"{item.module}.") not in suffixes]
 
     def _unlike(self, item: Item) -> Iterator[Finding]:
@@ -220,7 +224,8 @@ class Recomputation:
         for item in items:
             taken = self._taken(item)
             counts["codes that data chose"] += "codes" in taken
-            counts["ranges of inputs"] += bool(taken - {"codes", _CLIPS})
+            counts["scales that data chose"] += "scales" in taken
+            counts["ranges of inputs"] += bool(taken - {*_CHOSEN, _CLIPS})
             counts["clips by inputs"] += _CLIPS in taken
         for what, modules in counts.items():
             if modules:
@@ -266,7 +271,7 @@ class Recomputation:
                 }  # the next reader overwrites them
 
         constants = calibrated.constants
-        if taken - {"codes", _CLIPS}:
+        if taken - {*_CHOSEN, _CLIPS}:
             some = parts(0, item.row_multiple)
             some[_CLIPS] = torch.ones(0)
             try:
@@ -274,8 +279,12 @@ class Recomputation:
             except InputError as error:
                 raise InputError(error.what, where=f"`{item.module}`", fix=CONVERT) from None
             constants = {**stored, **constants}
-        codes = {"codes": lambda start, count: parts(start, count)["weight"]}
-        return replace(calibrated, constants=constants, row_stats=codes if "codes" in taken else {})
+        row_stats = {
+            name: lambda start, count, part=part: parts(start, count)[part]
+            for name, part in _CHOSEN.items()
+            if name in taken
+        }
+        return replace(calibrated, constants=constants, row_stats=row_stats)
 
     def _nearest(self, job: Job) -> Iterator[Computed]:
         """Row blocks of a weight with the scales that are stored, and the codes nearest to them."""
