@@ -291,7 +291,7 @@ def run_together(
         if session.key.data not in texts:
             texts[session.key.data] = _read_text(session, resources, progress)
     dataset = texts[sessions[0].key.data]
-    if plan.learns_rotation:
+    if plan.recipe.file.learns_rotation:
         plans = _with_learned(
             sessions, dataset.batches, len(skeleton.layers), here, progress, fresh=fresh
         )

@@ -468,14 +468,8 @@ class Plan(Work):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the recipe asks for samples: a scheme that measures inputs, a method, or a rotation
-        that is learned."""
-        return bool(self.methods) or self.learns_rotation
-
-    @property
-    def learns_rotation(self) -> bool:
-        """Whether the recipe asks for learned matrices."""
-        return self.recipe.file.rotate is not None and self.recipe.file.rotate.learn is not None
+        """Whether the recipe asks for samples: for inputs, for a method, or to learn a rotation."""
+        return bool(self.methods) or self.recipe.file.learns_rotation
 
     @property
     def asked(self) -> dict[str, int]:

@@ -305,3 +305,8 @@ class RecipeFile(Block):
         description="regular expressions over full module names: modules with equal capture groups "
         "share what an engine keeps once, such as an input scale",
     )
+
+    @property
+    def learns_rotation(self) -> bool:
+        """Whether matrices of a rotation are to be learned."""
+        return self.rotate is not None and self.rotate.learn is not None

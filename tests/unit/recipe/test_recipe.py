@@ -64,6 +64,9 @@ rotate:
   heads: true
   untie: true
   seed: 1
+  learn:
+    epochs: 3
+    rate: 0.02
 smooth:
   alpha: 0.6
   rules:

@@ -49,7 +49,7 @@ def learned_basis(plan: Plan, folder: Path | None) -> Checkpoint:
     """The checkpoint of a plan, with the matrices that a calibration in `folder` has learned; as it is
     if its recipe asks for none. InputError if they are missing, or not of this model."""
     checkpoint = plan.checkpoint
-    if folder is None or not plan.learns_rotation or not _learned_from_here(checkpoint):
+    if folder is None or not plan.recipe.file.learns_rotation or not _learned_from_here(checkpoint):
         return checkpoint
     from quantcli.calibration.rotation.learning import learned_matrices
     from quantcli.checkpoint.rotation.rotation import with_matrices

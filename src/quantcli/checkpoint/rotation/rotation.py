@@ -170,7 +170,7 @@ class _Names:
             right=matrix,
         )
         self._untied = nbytes
-        self._config = _untied(self._checkpoint)
+        self._config = untied_config(self._checkpoint)
 
     def _change(self, name: str, axis: int, **how: Any) -> None:
         """Rotate the axis of a stored tensor that is as wide as the stream."""
@@ -236,7 +236,7 @@ def unrotated(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=tensors, rotation=None)
 
 
-def _untied(checkpoint: Checkpoint) -> Settings:
+def untied_config(checkpoint: Checkpoint) -> Settings:
     """config.json that says that the head has a tensor of its own."""
     table = checkpoint.config.plain()
     levels = [level for level in (table, table.get(TEXT)) if isinstance(level, dict)]

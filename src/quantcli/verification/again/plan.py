@@ -123,7 +123,7 @@ def _conversion(
         ]
         digest = (structure.manifest or {}).get("plan")  # tells which text it was
         return next((plan for plan in plans if plan.digest == digest), plans[0]), True
-    if plan.learns_rotation:
+    if plan.recipe.file.learns_rotation:
         raise _Unusable(f"the rotation was learned: {GIVE_CALIBRATION}")
     if plan.measured and packed:
         raise _Unusable(f"packing changes how ranges of inputs are stored: {GIVE_CALIBRATION}")
