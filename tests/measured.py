@@ -47,7 +47,7 @@ def constants(
             if x is not None:
                 observer.update(x.to(serving), 0)
             stats |= observer.stats()
-    return found | (scheme.constants(stats, serving) if stats else {})
+    return found | (scheme.constants(stats, serving) if stats or not scheme.needs_data else {})
 
 
 def weight_dtype(scheme: Scheme, serving: torch.dtype) -> torch.dtype:
@@ -56,6 +56,7 @@ def weight_dtype(scheme: Scheme, serving: torch.dtype) -> torch.dtype:
         "w8a8_static",
         "w4a4_dynamic",
         "w4a4_flatquant",
+        "w4a4_hadamard",
     }
     return torch.float32 if in_float32 else serving
 
