@@ -23,8 +23,8 @@ _SERVED = W4A4FlatQuant()  # by the same kernel
 
 
 class W4A4Hadamard(Int4Weights):
-    """Inputs x are multiplied by a Kronecker product of two Hadamard matrices with random signs, weights
-    by its inverse; both are then int4. Source: QuaRot, Ashkboos et al. 2024.
+    """Inputs x are multiplied by a Kronecker product of two Hadamard matrices with random signs,
+    weights by its inverse; both are then int4. Source: QuaRot, Ashkboos et al. 2024.
 
     Each token's values become sums of all of them, with no outliers. The engine multiplies with both
     matrices, as for FlatQuant.
@@ -32,7 +32,7 @@ class W4A4Hadamard(Int4Weights):
 
     name: ClassVar[str] = "w4a4_hadamard"
 
-    clip: Literal["mse", "none"] = Field(  # type: ignore[assignment]  # columns are all alike
+    clip: Literal["mse", "none"] = Field(  # columns are all alike
         "mse",
         description="largest weights of a row: mse cuts them off where the squared error is least",
     )

@@ -307,7 +307,7 @@ def test_states_are_copies():
 
 
 def test_hadamard_matrices_need_no_data():
-    """Outliers of tokens vanish, the function stays, and both matrices are the same for all siblings."""
+    """Outliers of tokens vanish, and the function stays."""
     scheme = W4A4Hadamard()
     assert not scheme.needs_data
     generator = torch.Generator().manual_seed(0)
