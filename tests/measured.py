@@ -47,7 +47,7 @@ def constants(
             if x is not None:
                 observer.update(x.to(serving), 0)
             stats |= observer.stats()
-    return found | (scheme.constants(stats, serving) if stats or not scheme.needs_data else {})
+    return found | (scheme.constants(stats, serving) if stats else {})
 
 
 def weight_dtype(scheme: Scheme, serving: torch.dtype) -> torch.dtype:

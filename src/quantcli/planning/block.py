@@ -66,10 +66,9 @@ def read_calibrated(item: Item, surveys: Surveys) -> Calibrated:
     edit = item.edit.load() if item.edit else None
     if isinstance(item, Copy):
         return Calibrated(edit=edit) if edit else _NOTHING
-    # those of a scheme that was not measured are known if it needs no statistics
-    constants = measured_constants(item) if item.stats or not item.asked else NO_STATS
-    if not (edit or constants or item.bias_edit or item.surveyed):
+    if not (edit or item.stats or item.bias_edit or item.surveyed):
         return _NOTHING
+    constants = measured_constants(item) if item.stats else NO_STATS
     constants = {**constants, **surveys.of(item)}
     row_stats = {name: partial(read_span, stored) for name, stored in item.row_stats.items()}
     return Calibrated(constants, row_stats, edit, item.bias_edit.load() if item.bias_edit else None)
@@ -340,8 +339,8 @@ def measured_constants(item: Quantize) -> Parts:
     try:
         return item.scheme.constants(stats, torch_dtype(item.engine_dtypes.input_scale))
     except InputError as error:
-        file = next((f" in {stored.file}" for stored in item.stats.values()), "")
-        raise InputError(error.what, where=f"`{item.module}`{file}", fix=error.fix) from None
+        file = next(iter(item.stats.values())).file
+        raise InputError(error.what, where=f"`{item.module}` in {file}", fix=error.fix) from None
 
 
 def _not_finite(rows: Tensor, bias: Tensor | None, first_row: int, item: Quantize) -> InputError:

@@ -1,119 +1,98 @@
-"""Int4 weights and int4 inputs after Hadamard matrices, no data needed: for inputs that no rotation of
-the model evens out, such as those of down_proj."""
+"""Int4 weights per channel and int4 inputs per token, which the engine rotates: needs no data."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from quantcli.checkpoint.rotation.orthogonal import Hadamard, matrix_of
-from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Parts, Stats, decompose
 from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import kronecker
 from quantcli.schemes.base import Bias
-from quantcli.schemes.integer import Int4Weights
-from quantcli.schemes.w4a4_flatquant import W4A4FlatQuant
-
-_SERVED = W4A4FlatQuant()  # by the same kernel
+from quantcli.schemes.by_data import chosen
+from quantcli.schemes.int4_kronecker import Int4Kronecker
 
 
-class W4A4Hadamard(Int4Weights):
-    """Inputs x are multiplied by a Kronecker product of two Hadamard matrices with random signs,
-    weights by its inverse; both are then int4. Source: QuaRot, Ashkboos et al. 2024.
-
-    Each token's values become sums of all of them, with no outliers. The engine multiplies with both
-    matrices, as for FlatQuant.
-    """
+class W4A4Hadamard(Int4Kronecker):
+    """Inputs are multiplied by a Kronecker product of Hadamard matrices, which spreads each outlier
+    over all channels, and weights by its inverse: FlatQuant's transform, with nothing to learn."""
 
     name: ClassVar[str] = "w4a4_hadamard"
 
-    clip: Literal["mse", "none"] = Field(  # columns are all alike
-        "mse",
-        description="largest weights of a row: mse cuts them off where the squared error is least",
+    clip: Literal["mse", "none"] = Field(  # columns are mixed: none counts more than others
+        "mse", description="largest weight of a row: mse cuts it off where the squared error is least"
     )
-    clip_ratio: float = Field(
-        1.0, gt=0, le=1, description="share of the range of a token's inputs that is kept"
+    input_clip: float = Field(
+        0.9, gt=0, le=1, description="share of a token's largest input that the codes reach"
     )
-    fallback: Literal["w8a8_dynamic", "w4a4_dynamic"] = Field(
-        "w8a8_dynamic", description="the scheme of modules that the kernel cannot take"
+    fallback: Literal["w4a4_dynamic", "w8a8_dynamic"] = Field(
+        "w4a4_dynamic", description="the scheme of modules that the kernel cannot take"
     )
 
-    @property
-    def numerics(self) -> Numerics:
-        """Int4 per channel x int4 per token, dynamic, inputs transformed."""
-        return _SERVED.numerics
+    @classmethod
+    def for_numerics(cls, numerics: Numerics) -> None:
+        """None: `w4a4_flatquant` has the same arithmetic, for any transform."""
+        return
 
     @property
     def unserved(self) -> str:
         """The fallback."""
         return self.fallback
 
-    @property
-    def when_calibrating(self) -> Self:
-        """As it is: its columns are all alike."""
-        return self
-
-    @property
-    def needs_column_amax(self) -> bool:
-        """No column counts more than another."""
-        return False
-
-    def constants(self, stats: Stats, engine_dtype: torch.dtype) -> Parts:
-        """`serving`, a tensor without elements in the dtype of the transforms."""
-        return {**super().constants(stats, engine_dtype), "serving": torch.empty(0, dtype=engine_dtype)}
-
     def quantize(
         self, rows: Tensor, engine_dtype: torch.dtype, constants: Stats = NO_STATS, bias: Bias = None
     ) -> Parts:
-        """Codes int8 [..., n, k] in -8..7 and weight_scale float32 [..., n, 1] of the transformed rows;
-        left_trans [l, l] and right_trans [r, r] in the serving dtype, clip_ratio float32 [1]."""
-        left, right = _transforms(rows.shape[-1], constants["serving"].dtype)
-        parts = super().quantize(self.to_round(rows, constants), torch.float32, constants, bias)
-        shared = {
-            "left_trans": left,
-            "right_trans": right,
-            "clip_ratio": torch.tensor([self.clip_ratio]),
+        """Codes int8 [..., n, k] in -8..7 and weight_scale float32 [..., n, 1] of the rotated rows;
+        left_trans and right_trans, bfloat16; clip_ratio float32 [1]."""
+        left, right, _ = _transforms(rows.shape[-1])
+        codes, scale = self.nearest(self.to_round(rows, constants), engine_dtype, constants)
+        return {
+            "weight": chosen(constants, codes),
+            "weight_scale": scale,
+            "left_trans": left.to(rows.device),
+            "right_trans": right.to(rows.device),
+            "clip_ratio": torch.full((1,), self.input_clip, device=rows.device),
         }
-        return {**parts, **{name: tensor.to(rows.device) for name, tensor in shared.items()}}
 
     def to_round(self, rows: Tensor, constants: Stats) -> Tensor:
-        """The transformed weight [..., n, k], in float32."""
-        left, right = _transforms(rows.shape[-1], constants["serving"].dtype)
-        inverses = kronecker.inverse(left, "left_trans"), kronecker.inverse(right, "right_trans")
+        """The rotated weight [..., n, k], in float32."""
+        inverses = (inverse.to(rows.device) for inverse in _transforms(rows.shape[-1])[2])
         return kronecker.undo(rows, *inverses)
 
     def as_read(self, x: Tensor, constants: Stats) -> Tensor:
-        """Transformed inputs [..., k], in float32: L^T X R."""
-        left, right = _transforms(x.shape[-1], constants["serving"].dtype)
-        return kronecker.redo(x, left.mT.to(x.device), right.mT.to(x.device))
+        """Rotated inputs [..., k], in float32: L^T X R."""
+        left, right, _ = _transforms(x.shape[-1])
+        return kronecker.redo(x, left.to(x.device).mT, right.to(x.device).mT)
 
     def as_rounded(self, x: Tensor, constants: Stats) -> Tensor:
-        """Transformed inputs [..., k] in 4 bits, in float32."""
-        left, right = (t.to(x.device) for t in _transforms(x.shape[-1], constants["serving"].dtype))
-        clip = torch.tensor([self.clip_ratio], device=x.device)
-        codes, scale = flatquant.quantize_tokens(kronecker.served(x, left, right), clip)
+        """Rotated inputs [..., k] in 4 bits, in float32."""
+        left, right, _ = _transforms(x.shape[-1])
+        values = kronecker.served(x, left.to(x.device), right.to(x.device))
+        clip = torch.full((1,), self.input_clip, device=x.device)
+        codes, scale = flatquant.quantize_tokens(values, clip)
         return codes * scale
 
     def dequantize(self, parts: Parts) -> Tensor:
         """The weight that the product amounts to, its transform undone: float32 [..., n, k]."""
-        return _SERVED.dequantize(parts)
-
-    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
-        """The kernel `npu_kronecker_quant`, then an int4 product: see `W4A4FlatQuant`."""
-        return _SERVED.forward(x, parts, bias)
+        return kronecker.redo(super().dequantize(parts), parts["left_trans"], parts["right_trans"])
 
 
 @lru_cache(64)
-def _transforms(k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """left_trans and right_trans for k inputs: Hadamard matrices over the root of their sides, rounded
-    to `dtype`. InputError for k that the engine does not decompose."""
-    sides = decompose(k)
-    if not all(sides):
-        raise InputError(f"{k} inputs have no decomposition into two sides by the engine's rule")
-    left, right = (matrix_of(Hadamard(side, name)) for side, name in zip(sides, "lr", strict=True))
-    return left.to(dtype), right.to(dtype)
+def _transforms(k: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """L and R for k inputs, and their inverses in float64. InputError for a k that the engine cannot
+    take apart.
+
+    bfloat16: what it rounds entries to, float16 holds as well, so that either serving dtype has these
+    numbers.
+    """
+    sides = [
+        matrix_of(Hadamard(size, f"w4a4_hadamard {place}")).bfloat16()
+        for place, size in enumerate(decompose(k))
+    ]
+    inverses = [kronecker.inverse(side, "a Hadamard matrix") for side in sides]
+    return sides[0], sides[1], (inverses[0], inverses[1])

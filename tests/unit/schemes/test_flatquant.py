@@ -9,9 +9,7 @@ from quantcli.core.numerics import decompose
 from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import kronecker
 from quantcli.schemes.base import LearningTask
-from quantcli.schemes.w4a4_dynamic import W4A4Dynamic
 from quantcli.schemes.w4a4_flatquant import W4A4FlatQuant
-from quantcli.schemes.w4a4_hadamard import W4A4Hadamard
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 NEAREST = W4A4FlatQuant(weight_rounding="nearest")
@@ -304,28 +302,3 @@ def test_states_are_copies():
     assert float(learner.stats("a")["clip_ratio"]) < 0.8
     learner.restore(before)
     assert float(learner.stats("a")["clip_ratio"]) == pytest.approx(0.982, abs=1e-3)
-
-
-def test_hadamard_matrices_need_no_data():
-    """Outliers of tokens vanish, and the function stays."""
-    scheme = W4A4Hadamard()
-    assert not scheme.needs_data
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(24, 768, generator=generator) * 0.03
-    x = torch.randn(8, 768, generator=generator)
-    x[:, 5] += 40
-    constants = scheme.constants({}, torch.bfloat16)
-    read = scheme.as_read(x, constants)
-    assert float(read.abs().max()) < 8
-    exact = x.double() @ weight.double().T
-    kept = read.double() @ scheme.to_round(weight, constants).double().T
-    assert float((kept - exact).norm() / exact.norm()) < 1e-5
-    parts = scheme.quantize(weight, torch.float32, constants)
-    error = (scheme.forward(x, parts).double() - exact).norm() / exact.norm()
-    plain = W4A4Dynamic(clip="none")
-    by_token = plain.forward(x, plain.quantize(weight, torch.float32)).double()
-    assert float(error) < 0.25 < 0.5 < float((by_token - exact).norm() / exact.norm())
-    assert {name: tuple(parts[name].shape) for name in ("left_trans", "right_trans", "clip_ratio")} == {
-        "left_trans": (24, 24), "right_trans": (32, 32), "clip_ratio": (1,),
-    }  # fmt: skip
-    assert parts["left_trans"].dtype == torch.bfloat16
