@@ -132,7 +132,7 @@ house:          ## figures of the source tree against their bars
 	@$(PYTHON) benchmarks/house.py
 
 BENCHMARKS := weight_error int4 startup plan outliers determinism isa memory speed as_run breakdown verify pages \
-	packages bitflips kill interrupt live calibration perplexity flatquant gptq sources experts cluster release remote trust
+	packages bitflips kill interrupt live calibration perplexity flatquant gptq budget sources experts cluster release remote trust
 
 bench: $(READY) ## run every benchmark of quantcli alone (about an hour, 10 GB of disk)
 	@for script in $(BENCHMARKS); do \
