@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import itertools
+import json
 import re
 import reprlib
 import stat
@@ -78,6 +79,7 @@ class Checkpoint:
     hub_id: str | None = None
     in_memory: bool = False  # whether its weights are those of a model in memory
     weight_hashes: dict[str, dict[str, Any]] | None = None  # of weight files: see `planning.files`
+    rotation: dict[str, Any] | None = None  # JSON-able: see `checkpoint.rotation.rotation`
 
     @property
     def on_disk(self) -> dict[str, StoredTensor]:
@@ -112,7 +114,10 @@ class Checkpoint:
         return digest.hexdigest()
 
     def plain_config(self) -> dict[str, bytes]:
-        """config.json without its byte order mark, by its name; empty if there is no mark."""
+        """config.json as `config` has it, without a byte order mark, by its name; empty if it is the
+        file as it is."""
+        if self.rotation is not None and self.rotation["untied_bytes"]:
+            return {CONFIG: f"{json.dumps(self.config.plain(), indent=2)}\n".encode()}
         path = self.path / CONFIG
         marked = has_byte_order_mark(path)
         return {CONFIG: read_bytes(path).removeprefix(codecs.BOM_UTF8)} if marked else {}

@@ -81,7 +81,7 @@ class _Matrices:
 def decoded_kinds(tensors: Iterable[StoredTensor]) -> list[dict[str, Any]]:
     """The kinds of encoded tensors: modules, bytes on disk, and a module as an example. JSON-able."""
     kinds: dict[str, list[StoredTensor]] = defaultdict(list)
-    for stored in tensors:
+    for stored in (each.in_source for each in tensors):
         if stored.kind:
             kinds[stored.kind].append(stored)
     return [

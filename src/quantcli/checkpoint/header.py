@@ -57,6 +57,11 @@ class StoredTensor:
         return ""
 
     @property
+    def in_source(self) -> StoredTensor:
+        """The tensor in the model's own basis: itself, unless it is rotated."""
+        return self
+
+    @property
     def buffer_nbytes(self) -> int:
         """Bytes that a reader keeps in addition to the rows that it returns."""
         return 0

@@ -38,6 +38,11 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
                 out.line(f"  {what:<34}{value}")
         out.line()
     _layers(out, (report.get("run") or {}).get("layers") or [])
+    if tasks := words.task_rows(report):
+        columns = [*words.TASK_COLUMNS]
+        out.line()
+        out.table(columns, tasks, {*columns[2:-1]})
+        out.line()
     for trace in (report.get("run") or {}).get("traces") or []:
         _trace(out, trace)
     _change(out, report.get("baseline"))

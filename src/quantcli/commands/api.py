@@ -371,6 +371,8 @@ def verify(
     samples, length: windows of each text, and tokens of each window.
     layer:       a module to trace on the text, or several: where its error comes from.
     served:      the address of a server that runs the checkpoint, such as vLLM: it is asked, too.
+    tasks:       a task of lm-evaluation-harness by name, or a YAML file; or several.
+    task_docs:   documents of each task; None: all.
     tp:          tensor parallel sizes to serve with, as in "1,2,4".
     recipe:      a recipe, whose `verify` block sets limits.
     min_sqnr, max_ppl_ratio, max_kl: limits: dB, a ratio, nats per token.

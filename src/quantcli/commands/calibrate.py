@@ -49,11 +49,13 @@ def plan_calibration(
 
     progress.say(f"planning {name_of(recipe)} for {opened.model}")
 
+    from quantcli.calibration.rotation.basis import in_basis
     from quantcli.calibration.session import prepare_session
     from quantcli.planning.planner import make_plan
     from quantcli.recipe.recipe import resolve
 
-    plan = make_plan(resolve(written), opened.checkpoint)
+    resolved = resolve(written)
+    plan = make_plan(resolved, in_basis(resolved, opened.checkpoint))
     if not plan.needs_calibration:
         raise InputError(
             "nothing in this recipe needs a calibration",

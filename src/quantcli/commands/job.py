@@ -260,6 +260,7 @@ def to_json(job: Job[Plan]) -> dict[str, Any]:
         "quantized_modules": plan.quantized_modules,
         "expected": [asdict(expected) for expected in compare_expected(plan)],
         "decoded": decoded_kinds(plan.checkpoint.tensors.values()),
+        "rotation": plan.checkpoint.rotation,
         "calibration": None if job.session is None else describe(job.session),
         "experts": dict(plan.experts),
         "taken_from": dict(plan.taken_from),

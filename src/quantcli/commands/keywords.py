@@ -130,6 +130,8 @@ class Verifying(TypedDict, total=False):
     length: int
     layer: str | Sequence[str] | None
     served: str | None
+    tasks: PathLike | Sequence[PathLike] | None
+    task_docs: int | None
     tp: str
     recipe: PathLike | None
     min_sqnr: float | None
@@ -217,7 +219,8 @@ def check(name: str, value: Any, hint: Any) -> None:
     raise InputError(what, where=f"{name}={reprlib.repr(value)}", fix=f"give {words}")
 
 
-_LIMITS = {"workers": (1, 1024), "samples": (1, 2**20), "length": (2, 2**20)}
+_LIMITS = {"workers": (1, 1024), "samples": (1, 2**20), "length": (2, 2**20),
+           "task_docs": (1, 2**31)}  # fmt: skip
 _NAMES = {
     bool: "True or False", int: "a whole number", float: "a number", str: "text", os.PathLike: "a path",
     type(None): "None", LiveModel: "a transformers model", LiveTokenizer: "a tokenizer",

@@ -84,10 +84,12 @@ def plan(
         place.check(checkpoint.path, force=options.force)
     progress.say(f"planning {name_of(recipe)} for {opened.model}")
 
+    from quantcli.calibration.rotation.basis import in_basis
     from quantcli.planning.planner import make_plan
     from quantcli.recipe.recipe import resolve
 
     loaded = resolve(opened.written)
+    checkpoint = in_basis(loaded, checkpoint)
     planned = make_plan(loaded, checkpoint)
     session = None
     if planned.needs_calibration:

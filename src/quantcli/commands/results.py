@@ -84,6 +84,7 @@ class Planned(_Plan):
     quantized_modules: number of modules.
     expected:      "key", "limit", "value", "ok" of each limit of the recipe's `expect` block.
     decoded:       formats of a quantized source that is read as floats.
+    rotation:      of the model, by the recipe's `rotate`; None: it was not rotated.
     calibration:   the calibration that runs first or was found; None if no data is needed.
     experts:       tokens that the router gave, by layer, once a calibration is there.
     taken_from:    modules that have the statistics of another one.
@@ -100,6 +101,7 @@ class Planned(_Plan):
     quantized_modules: int
     expected: list[Row]
     decoded: list[Row]
+    rotation: Row | None
     calibration: Row | None
     experts: dict[str, Any]
     taken_from: dict[str, str]

@@ -376,7 +376,7 @@ class Work:
             "serving_dtype": self.serving_dtype,
             "quantized_params_pct": round(self.quantized_params_pct, 4),
             "recipe": self.recipe_text,
-        }
+        } | ({} if (turned := self.checkpoint.rotation) is None else {"rotation": turned})
 
     @cached_property
     def nbytes(self) -> int:

@@ -149,8 +149,9 @@ def serving_dtype(checkpoint: Checkpoint, only: str | None = None) -> tuple[str,
     declared = declared_dtype(checkpoint.config)
     sizes = Counter[str]()
     for tensor in checkpoint.tensors.values():
-        if tensor.spec.dtype in FLOATS and not tensor.kind:
-            sizes[tensor.spec.dtype] += tensor.nbytes
+        spec = tensor.parts[0].spec  # what is decoded or rotated is float32
+        if spec.dtype in FLOATS and (not tensor.kind or checkpoint.rotation is not None):
+            sizes[spec.dtype] += tensor.nbytes
     stored = max(sizes, key=lambda dtype: sizes[dtype], default="BF16")
     dtype = declared or stored
     if only is not None and dtype != only:

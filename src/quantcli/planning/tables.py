@@ -106,7 +106,7 @@ def _kept(
             if item.edit is not None:
                 reason = f"{' or '.join(filter(None, edited))}; else as it is"
             if item.source.kind:
-                reason += ", decoded"
+                reason += ", decoded" if checkpoint.rotation is None else ", rotated or folded"
             if role in LINEAR:
                 linears[reason] += spec.numel
                 never = refusal or recipe.target.built_float(module, names)

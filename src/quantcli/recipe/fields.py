@@ -161,6 +161,27 @@ class Calibration(Block):
     )
 
 
+class Rotate(Block):
+    """Orthogonal matrices that are folded into the weights before all else: the function stays."""
+
+    residual: bool = Field(
+        True, description="of the residual stream; the norms are folded into what reads them"
+    )
+    heads: bool = Field(True, description="of the values of each attention, head by head")
+    untie: bool = Field(
+        False,
+        description="give a tied output matrix a tensor of its own, which takes as many bytes as the "
+        "embeddings",
+    )
+    seed: int = Field(0, description="seed of the signs")
+
+    @model_validator(mode="after")
+    def _rotates(self) -> Rotate:
+        if not self.residual and not self.heads:
+            raise ValueError("rotates nothing: leave the block `rotate` out")
+        return self
+
+
 class Verify(Block):
     """Limits for `quantcli verify --recipe`; in a checkpoint, they only tighten the defaults."""
 
@@ -235,6 +256,9 @@ class RecipeFile(Block):
     max_shard: Size = Field(5 * 10**9, description="size limit of a weight file, such as 5GB")
     expect: Expect = Expect()
     calibration: Calibration | None = None
+    rotate: Rotate | None = Field(
+        None, description="rotate the model first, so that outliers spread over all channels"
+    )
     smooth: dict[str, Any] | None = Field(
         None, description="the method `smooth` with these options, before all other methods"
     )

@@ -88,9 +88,11 @@ def verify(
     if options.run:
         from quantcli.verification.on_text.corpus import read_texts, text_sources
         from quantcli.verification.on_text.run import Extras, verify_run
+        from quantcli.verification.on_text.tasks import read_tasks
         from quantcli.verification.on_text.trace import check_modules
 
         check_modules(structure.stored, options.layer or ())
+        tasks = read_tasks(options.tasks or ())
 
         # before the long comparison of weights: an error in the text is reported at once
         trust = options.trust_remote_code
@@ -114,7 +116,7 @@ def verify(
         conversion.run(report, Pool(task_workers, cluster, (*both, *read)), progress)
     unreadable = any(error.check in {"headers", "index", "parameters"} for error in report.errors)
     if options.run and not unreadable and not _unread(structure.stored):
-        extras = Extras(options.layer or (), engine, trust)
+        extras = Extras(options.layer or (), engine, trust, tasks, options.task_docs)
         verify_run(structure, reference, corpus, workers, progress, extras)
     return report
 

@@ -62,6 +62,12 @@ class VerifyOptions:
         "log-probabilities.",
         metavar="URL",
     )
+    tasks: list[str] | None = _option(  # noqa: RUF009
+        "Also score both on a task of lm-evaluation-harness, by name or as a YAML file; may be given "
+        "several times.",
+        metavar="TASK",
+    )
+    task_docs: int | None = _option("Documents of each task [default: all].", min=1)
     tp: str = _option("Tensor parallel sizes to serve with, as in 1,2,4,8.", "1", metavar="SIZES")
     recipe: str | None = _option("Your recipe: its `verify` block sets limits.", metavar="FILE")
     min_sqnr: float | None = _option("Least SQNR of each weight, dB.")
@@ -112,6 +118,7 @@ class VerifyOptions:
             "--data": self.data or None,
             "--layer": self.layer or None,
             "--served": self.served,
+            "--tasks": self.tasks or None,
         }
         with_against = {"--recipe": self.recipe, "--calibration": self.calibration}
         for option, value in {**of_run, **with_against, **limits}.items():

@@ -5,9 +5,9 @@ import torch
 
 from quantcli.calibration.rotation.find import find_places
 from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.checkpoint.rotation.rotation import hadamard_rotation, rotated
 from quantcli.core.errors import InputError
 from tests.replaying import Replayed, make_batches
-from tests.rotating import rotated
 from tests.tiny_models import FAMILIES, make_multimodal, make_tiny
 
 AFTER = "is a norm whose output is added to the hidden states"
@@ -19,7 +19,6 @@ REFUSED = {
     "dbrx": "norm_1` is a norm that subtracts the mean",
     "muse_spark": "post_attention_residual_gate` applies `mul` to the hidden states",
 }  # fmt: skip
-WITHOUT_HEADS = {}
 
 
 def make(folder, family, **options):
@@ -32,7 +31,10 @@ def make(folder, family, **options):
 def logits(path, places=None):
     """What a model puts out, or the rotated one."""
     batches = make_batches(padded=False)[1:]
-    change = {} if places is None else {"changed": lambda checkpoint: rotated(checkpoint, places)}
+    change = {}
+    if places is not None:
+        rotation = hadamard_rotation(places)
+        change["changed"] = lambda checkpoint: rotated(checkpoint, places, rotation, untie=True)
     run = Replayed(path, batches, dtype="F32", workers=1, **change)
     run.layers()
     return run.logits()[0]
@@ -41,14 +43,10 @@ def logits(path, places=None):
 @pytest.mark.parametrize("family", sorted({*FAMILIES, "gpt_oss"} - {*REFUSED}))
 def test_the_function_stays(tmp_path, family):
     path = make(tmp_path / "m", family)
-    if family == "qwen2":  # tied: the planner gives it a head of its own
-        places = find_places(open_checkpoint(path))
-        assert places.tied
-        assert places.head is None
-        return
     places = find_places(open_checkpoint(path))
     assert places.heads
     assert places.head == "lm_head.weight"
+    assert places.tied == (family == "qwen2")
     before, after = logits(path), logits(path, places)
     assert (after - before).norm() < 1e-5 * before.norm()
 

@@ -15,7 +15,15 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.registry import discover
 from quantcli.planning.planner import Expected, compare_expected, make_plan
-from quantcli.recipe.fields import Calibration, Expect, RecipeFile, RuleFile, Verify, parse_size
+from quantcli.recipe.fields import (
+    Calibration,
+    Expect,
+    RecipeFile,
+    Rotate,
+    RuleFile,
+    Verify,
+    parse_size,
+)
 from quantcli.recipe.json_schema import recipe_schema
 from quantcli.recipe.recipe import compare, load_recipe
 from quantcli.targets.base import Target
@@ -51,6 +59,11 @@ calibration:
   uncalibrated: group
   all_tokens: true
   sha256: 00000000000000000000000000000000000000000000000000000000000000ff
+rotate:
+  residual: true
+  heads: true
+  untie: true
+  seed: 1
 smooth:
   alpha: 0.6
   rules:
@@ -116,7 +129,9 @@ def edits(word):
 
 
 def blocks():
-    every = (RecipeFile, RuleFile, Expect, Calibration, Smoothing, SmoothRule, KvCache, Verify)
+    every = (
+        RecipeFile, RuleFile, Expect, Calibration, Rotate, Smoothing, SmoothRule, KvCache, Verify,
+    )  # fmt: skip
     return {f.alias or name for block in every for name, f in block.model_fields.items()}
 
 

@@ -35,13 +35,14 @@ from quantcli.schemes.base import Learner, LearningTask, Scalable, Schedule, Sch
 _FORWARDS = 3  # that forward and backward take together
 _TINY = 1e-30  # an error of nothing, as of a layer of zeros
 _LAST_RATE = 1e-3  # of the learning rate, where the cosine ends
+_JUDGED = 16  # samples that losses are of, at least; others say the same
 _REPORT = "learned"  # name in a layer's report
 
 
 @dataclass
 class LearningReport:
     """Modules that have learned together. Losses: squared error of the layer's outputs over their sum
-    of squares, before and after, and with the engine's arithmetic."""
+    of squares on some samples, before and after, and with the engine's arithmetic."""
 
     modules: list[str]
     loss_before: float
@@ -73,10 +74,10 @@ class Course:
     def learn(self, schedule: Schedule, generator: torch.Generator) -> tuple[float, float]:
         """Learn; the loss before and after. The learners keep the state with the lower one.
 
-        Loss: squared error of the layer's outputs over their sum of squares, on all batches.
+        Loss: squared error of the layer's outputs over their sum of squares, on every nth batch.
         """
         progress = self._layer.run.progress
-        progress.phase("loss before")
+        progress.phase("loss before", passes=0)
         before = self.loss()
         first = [learner.state() for learner in self._each]
         steps = self._steps(schedule.batch)
@@ -96,7 +97,7 @@ class Course:
                 rates.step()
                 tokens = sum(self._batches[number].input_ids.numel() for number in steps[place])
                 progress.step(done, total, noun="step", tokens=tokens, loss=loss)
-        progress.phase("loss after")
+        progress.phase("loss after", passes=0)
         after = self.loss()
         if not after < before:
             for learner, state in zip(self._each, first, strict=True):
@@ -184,7 +185,9 @@ class Course:
                 error, size = self._error(number, tap())
             return exact(error).double(), exact(size).double()
 
-        results = self._replay.each(work, range(len(self._batches)))
+        samples = sum(len(batch.input_ids) for batch in self._batches)
+        some = range(0, len(self._batches), max(1, samples // _JUDGED))
+        results = self._replay.each(work, some, counted=False)
         errors, sizes = (torch.stack(values).sum() for values in zip(*results, strict=True))
         return float(errors / sizes) if float(sizes) else 0.0
 
@@ -372,9 +375,9 @@ class Learning(Method):
         return min((-(-step // 2) * length for step in steps), default=None)
 
     def passes(self, modules: Sequence[str], policy: Policy) -> float:
-        """Magnitudes of inputs, the loss three times, and the epochs."""
+        """Magnitudes of inputs and the epochs."""
         schedules = [s.schedule for s in map(policy.scheme, modules) if s is not None and s.schedule]
-        return 4.0 + _FORWARDS * schedules[0].epochs if schedules else 0.0
+        return 1.0 + _FORWARDS * schedules[0].epochs if schedules else 0.0
 
     def asked(self, work: LayerWork) -> Iterator[tuple[Matrix, type[Summary]]]:
         """The inputs of the groups that learn."""
@@ -408,7 +411,7 @@ class _ServedLoss(Measurement):
     def review(self) -> None:
         policy = self._work.run.policy
         only = replace(policy, quantized={m: policy.quantized[m] for m in self._report.modules})
-        self._work.run.progress.phase("loss as the engine computes")
+        self._work.run.progress.phase("loss as the engine computes", passes=0)
         course = Course(self._work.layer, {})
         whole = self._work.layer.whole(self._work.edits)
         self._report.loss_served = course.served_loss(quantized(only, self._work.stats, whole))

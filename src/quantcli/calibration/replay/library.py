@@ -212,8 +212,8 @@ def _config(order: _Order, folder: Path) -> Any:
 
 @contextmanager
 def _config_folder(checkpoint: Checkpoint) -> Iterator[Path]:
-    """Where transformers reads config.json and code from: a copy if that has a byte order mark, or if
-    the model is elsewhere, and was opened on another machine."""
+    """Where transformers reads config.json and code from: a copy if that has a byte order mark or was
+    changed, or if the model is elsewhere, and was opened on another machine."""
     if not checkpoint.path.is_dir():
         with TemporaryDirectory() as name:
             (Path(name) / CONFIG).write_text(json.dumps(checkpoint.config.plain()))

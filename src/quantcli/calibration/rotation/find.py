@@ -282,17 +282,10 @@ class _Search:
             for stored in self._weights(parameter):
                 if self._of_head(parameter):
                     head, tied = stored, stored in tables.values()
-                    if tied:
-                        head = None
-                        continue
+                    if tied:  # the name that a tensor of its own would have
+                        stored = head = self._head_name()
                 readers[stored] = folded
         used = {norm.name for norm in readers.values() if norm is not None}
-        if tied:
-            used |= {
-                norms[norm].name
-                for parameter, norm in uses.readers.items()
-                if norm is not None and self._of_head(parameter)
-            }
         return Places(
             hidden=self._hidden,
             embeddings=tuple(tables.values()),
@@ -343,6 +336,12 @@ class _Search:
         if stored is None:
             raise self._refusal(parameter, "is stored in another form")
         return stored
+
+    def _head_name(self) -> str:
+        """The weight of the output matrix, as the model names it."""
+        (head,) = self._skeleton.head
+        modules = self._skeleton.model.named_modules()
+        return next(f"{name}.weight" for name, module in modules if module is head)
 
     def _of_head(self, parameter: str) -> bool:
         path = parameter.rpartition(".")[0]

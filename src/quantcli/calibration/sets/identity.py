@@ -256,8 +256,11 @@ def digest_of(value: Any) -> str:
 
 
 def content_digest(checkpoint: Checkpoint) -> str:
-    """sha256 of the headers and of some bytes of many tensors: tells a model from one tuned from it."""
+    """sha256 of the headers, of the rotation, and of some bytes of many tensors: tells a model from one
+    tuned from it."""
     digest = hashlib.sha256(checkpoint.fingerprint.encode())
+    if checkpoint.rotation is not None:
+        digest.update(checkpoint.rotation["digest"].encode())
     tensors = list(checkpoint.on_disk.values())
     step = -(-len(tensors) // _SAMPLED)
     for stored in tensors[:: max(1, step)]:

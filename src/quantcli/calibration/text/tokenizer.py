@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,18 @@ class Tokenizer:
             begin += length
         return samples, table["eos"], table["pad"]
 
+    def ids(self, texts: Sequence[str]) -> tuple[list[array[int]], int | None]:
+        """Token ids of each text, without special tokens; and the token that begins a text, or ends
+        one, if there is one. Raises as `samples`."""
+        nbytes = sum(map(len, texts))
+        work = "reading this text with the model's tokenizer"
+        limits = self._limits(nbytes, 16 * (nbytes + len(texts)))
+        table, blob = self._run(limits, work, encode_texts, list(texts))
+        ids = array("i")
+        ids.frombytes(blob)
+        ends = [*accumulate(table["lengths"], initial=0)]
+        return [ids[begin:end] for begin, end in pairwise(ends)], table["first"]
+
     def texts(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         """The text of each sequence of token ids. Ids that cannot be decoded are named by numbers."""
         tokens = sum(map(len, sequences))
@@ -146,6 +159,31 @@ def encode(model: str, trusted: bool, documents: list[Document], choice: Choice)
     return {"lengths": [*map(len, samples)]} | {
         name: token if isinstance(token, int) else None for name, token in special.items()
     }, blob
+
+
+def encode_texts(model: str, trusted: bool, texts: list[str]) -> Answer:
+    """Token ids of texts without special tokens, int32, one after the other, and their lengths."""
+    with quiet():
+        tokenizer = _load(Path(model), trusted)
+        at(str(_table(tokenizer)))
+        found = [_plain_ids(tokenizer, text) for text in texts]
+        special = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    first = next((token for token in special if isinstance(token, int)), None)
+    blob = b"".join(ids.tobytes() for ids in found)
+    return {"lengths": [*map(len, found)], "first": first}, blob
+
+
+def _plain_ids(tokenizer: Any, text: str) -> array[int]:
+    try:
+        text.encode()  # half a surrogate pair
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryError from None
+        what = f"the model's tokenizer refuses the text {text[:40]!a}: {sentence(error)}"
+        raise InputError(what, fix="correct the text or take it out") from None
+    _check_growth("tokenizer", "tokens", len(ids), len(text), tokenizer)
+    return array("i", ids)
 
 
 def decode(model: str, trusted: bool, sequences: list[list[int]]) -> Answer:

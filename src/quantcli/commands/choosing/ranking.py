@@ -215,6 +215,10 @@ class Places:
 
     def _plan(self, recipe: Recipe) -> Plan:
         """A plan that keeps what its recipe expects; if that is in doubt, one of all experts tells."""
+        if recipe.file.rotate is not None:
+            raise InputError(
+                "whether a model can be rotated is not tried here; `quantize --plan` tells"
+            )
         plan = make_plan(recipe, self.model.checkpoint)
         in_doubt = self.model.times and plan.coverage.quantizable_pct < 100
         judged = make_plan(recipe, self.model.whole) if in_doubt else plan

@@ -243,6 +243,7 @@ def _plan_of(
     progress: Progress,
 ) -> Plan:
     """The plan of a checkpoint, before its calibration."""
+    from quantcli.calibration.rotation.basis import in_basis
     from quantcli.commands.explain import explain_plan
     from quantcli.planning.planner import make_plan
     from quantcli.recipe.recipe import load_recipe, resolve
@@ -250,7 +251,7 @@ def _plan_of(
     resolved = resolve(recipe)
     if written.calibration and _needs_data(resolved):
         resolved = load_recipe(entry.recipe, (*written.calibration, *entry.overrides))
-    plan = make_plan(resolved, checkpoint)
+    plan = make_plan(resolved, in_basis(resolved, checkpoint))
     progress.detail(f"checkpoint `{entry.name}`, recipe {entry.recipe}:")
     explain_plan(plan, progress)
     return plan

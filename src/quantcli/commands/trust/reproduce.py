@@ -223,14 +223,16 @@ def _plan(attempt: Attempt, resources: Resources, progress: Progress) -> Work:
     """The plan by which the checkpoint was made, with statistics if it needs them."""
     if "state" in attempt.manifest:
         return _repacking(attempt)
+    from quantcli.calibration.rotation.basis import in_basis
     from quantcli.planning.planner import make_plan
 
     recipe = _recipe(attempt)
-    plan = make_plan(recipe, attempt.checkpoint)
+    checkpoint = in_basis(recipe, attempt.checkpoint)
+    plan = make_plan(recipe, checkpoint)
     wish = attempt.wish
     if plan.needs_calibration:
         measured = _measured(attempt, plan, resources, progress)
-        return make_plan(recipe, attempt.checkpoint, measured)
+        return make_plan(recipe, checkpoint, measured)
     for option, value in (("--calibration", wish.calibration), ("--data", wish.data)):
         if value is not None:
             what = "nothing in the checkpoint's recipe needs a calibration"

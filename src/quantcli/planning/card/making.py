@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from quantcli.checkpoint.files import RECIPE_FILE, SOURCE_RECIPE
+from quantcli.checkpoint.rotation.rotation import sentence
 from quantcli.core.text import count
 from quantcli.planning.card.markdown import code, plain, table
 from quantcli.planning.plan import CacheScale, Kept, Plan, RuleLine, Work
@@ -50,7 +51,8 @@ def conversion(plan: Plan) -> Making:
         _loads_on((line.label, line.loads_on) for line in rules),
         f"What stays float, and why:\n\n{floats}" if floats else "",
     )
-    return Making(modules, _blocks(_source(plan), _calibration(plan)), RECIPE_FILE)
+    steps = _blocks(_source(plan), _rotation(plan), _calibration(plan))
+    return Making(modules, steps, RECIPE_FILE)
 
 
 def packing(work: Repacking) -> Making:
@@ -96,6 +98,13 @@ def _source(work: Work) -> str:
         f"{decimal(work.checkpoint.nbytes)}; its headers and config.json have the fingerprint "
         f"{code(work.checkpoint.fingerprint)}."
     )
+
+
+def _rotation(plan: Plan) -> str:
+    if plan.checkpoint.rotation is None:
+        return ""
+    text = plain(sentence(plan.checkpoint.rotation))
+    return f"The model was {text}. It computes the same function in another basis."
 
 
 def _calibration(plan: Plan) -> str:

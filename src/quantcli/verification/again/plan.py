@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quantcli.calibration.rotation.basis import in_basis
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.files import MANIFEST, RECIPE_FILE, SOURCE_RECIPE
 from quantcli.checkpoint.header import StoredTensor
@@ -103,6 +104,7 @@ def _conversion(
     """
     recipe = _recipe(structure, SOURCE_RECIPE if packed else RECIPE_FILE)
     try:
+        checkpoint = in_basis(recipe, checkpoint)
         plan = make_plan(recipe, checkpoint)
     except InputError as error:
         raise _Unusable(f"MODEL does not fit the manifest's recipe: {error.what}") from None

@@ -87,6 +87,11 @@ def columns_of(windows: Sequence[Mapping[str, Any]]) -> Columns:
     }
 
 
+def columns_of_scores(before: Sequence[float], now: Sequence[float]) -> Columns:
+    """Scores of the same documents by two models, `before` and `now`."""
+    return {"before": np.array(before), "now": np.array(now)}
+
+
 def interval(
     value: Callable[[Columns], Array], columns: Columns, texts: Sequence[int]
 ) -> list[float] | None:

@@ -187,6 +187,27 @@ class ServedReport(Figures):
     texts: list[TextReport]
 
 
+@dataclass(frozen=True)
+class TaskReport:
+    """A score of a task, by the other model and by the checkpoint.
+
+    metric:   such as "acc"; with its filter, if that is not "none".
+    documents: how many were answered.
+    change:   checkpoint less reference. interval: of it, 95 %, by a bootstrap over documents on which
+              both were scored; None if the metric has no score for each document.
+    better:   whether the checkpoint scores better; None if the interval holds zero.
+    """
+
+    task: str
+    metric: str
+    documents: int
+    reference: float
+    checkpoint: float
+    change: float
+    interval: list[float] | None
+    better: bool | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunReport(Figures):
     """Both models on text: figures over all windows, and those of each text.
@@ -195,6 +216,7 @@ class RunReport(Figures):
     moved_tokens: those whose log-probability moved most, largest change first.
     traces:  of single modules, as they were asked for.
     served:  a running server; None if none was asked.
+    tasks:   scores of tasks of lm-evaluation-harness.
     """
 
     windows: list[WindowReport] = field(default_factory=list)
@@ -203,3 +225,4 @@ class RunReport(Figures):
     moved_tokens: list[TokenReport] = field(default_factory=list)
     traces: list[TraceReport] = field(default_factory=list)
     served: ServedReport | None = None
+    tasks: list[TaskReport] = field(default_factory=list)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +16,7 @@ from quantcli.calibration.replay.served import (
     ServedCache,
     decibels,
 )
-from quantcli.calibration.text.dataset import tokenizer_of
+from quantcli.calibration.text.dataset import model_limits, tokenizer_of
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
@@ -28,6 +28,7 @@ from quantcli.verification.on_text.corpus import Corpus
 from quantcli.verification.on_text.engine import Engine
 from quantcli.verification.on_text.figures import FINER, Outputs, Predictions, by_text
 from quantcli.verification.on_text.reports import Figures, LayerReport, RunReport, ServedReport
+from quantcli.verification.on_text.tasks import MOST_POSITIONS, Scorer, TaskSource, run_tasks
 from quantcli.verification.on_text.trace import Tracer
 from quantcli.verification.outcome import Report
 from quantcli.verification.reference import Reference
@@ -49,11 +50,14 @@ class Extras:
 
     traced: modules to trace. engine: a server that has answered. trust: whether the model's code may
             run.
+    tasks:  of lm-evaluation-harness. documents: of each task; None: all.
     """
 
     traced: Sequence[str] = ()
     engine: Engine | None = None
     trust: bool = False
+    tasks: Sequence[TaskSource] = ()
+    documents: int | None = None
 
 
 def verify_run(
@@ -110,9 +114,11 @@ def verify_run(
         sums = Predictions(ahead=0 if models[0].skeleton.two_stacks else 1)
         outputs = Outputs(least)
         predicts = models[0].skeleton.predicts_text
-        if engine is not None and (not predicts or models[0].skeleton.two_stacks):
-            what = "--served compares predictions of what follows a text, and the model makes none"
-            raise InputError(what, where=str(reference.checkpoint.path), fix="leave out --served")
+        follows = predicts and not models[0].skeleton.two_stacks
+        if not follows and (engine is not None or extras.tasks):
+            what = "--served and --tasks need a model that predicts what follows a text"
+            fix = "leave out --served and --tasks"
+            raise InputError(what, where=str(reference.checkpoint.path), fix=fix)
         progress.phase("predicting tokens" if predicts else "computing outputs")
         for expected, actual, batch, text in zip(
             models[0].logits(), models[1].logits(), corpus.batches, corpus.texts, strict=True
@@ -139,6 +145,14 @@ def verify_run(
     report.limits = report.limits.model_copy(update={"max_ppl_ratio": ratio, "max_kl": kl})
     served = None if engine is None else engine.report(named)
     report.run = sums.windows.report(named, layers, traces, served, lambda: sums.moved(tokenizer.texts))
+    if extras.tasks:
+        positions = model_limits(reference.checkpoint.text_config)[0] or MOST_POSITIONS
+        scorers = [
+            Scorer(model, tokenizer, positions, ours.dtype, workers, trust, progress)
+            for model in (other, ours)
+        ]
+        scores = run_tasks(extras.tasks, scorers, extras.documents)
+        report.run = replace(report.run, tasks=scores)
     report.add([*_layer_findings(layers), *_findings(report.run, report, structure.limits)])
     if served is not None:
         report.add(_served_findings(served, report))

@@ -148,6 +148,7 @@ def _limits(report: dict[str, Any]) -> Iterator[ElementTree.Element]:
         facts += f"\n{text.pop('text')}: " + "; ".join(
             f"{what} {value}" for what, value in text.items()
         )
+    facts += "".join(f"\ntask {', '.join(row)}" for row in words.task_rows(report))
     for other, comparison in words.comparison_texts(report):
         facts += f"\nnext to {words.literal(other)}: {comparison['verdict']}"
         facts += "".join(

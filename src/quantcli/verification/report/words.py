@@ -220,6 +220,25 @@ def layer_facts(layer: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+TASK_COLUMNS = {"task": "name", "metric": "", "documents": "right", "reference": "right",
+                "checkpoint": "right", "change": "right", "95 % interval": "right",
+                "answer": ""}  # fmt: skip
+
+
+def task_rows(report: dict[str, Any]) -> list[list[str]]:
+    """Scores of tasks as cells of `TASK_COLUMNS`."""
+    rows = []
+    for task in (report.get("run") or {}).get("tasks") or []:
+        ends = task["interval"]
+        interval = "-" if ends is None else f"{ends[0]:+.4f} to {ends[1]:+.4f}"
+        scores = [f"{task[key]:.4f}" for key in ("reference", "checkpoint")]
+        answer = "" if ends is None else _BETTER[task["better"]]
+        name, metric = literal(task["task"], 80), literal(task["metric"], 80)
+        change = f"{task['change']:+.4f}"
+        rows.append([name, metric, number(task["documents"]), *scores, change, interval, answer])
+    return rows
+
+
 def trace_facts(trace: dict[str, Any]) -> list[tuple[str, str]]:
     """All facts of a module that was traced but its name: (what, value)."""
     facts = [

@@ -1,0 +1,82 @@
+"""Rotated checkpoints from end to end, on a tiny model whose output matrix is tied."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from quantcli.checkpoint.checkpoint import open_checkpoint
+from quantcli.commands import quantize as commands
+from quantcli.commands.job import JobOptions, to_json
+from quantcli.core.errors import InputError
+from tests.tiny_models import make_tiny
+
+RECIPE = """\
+target: ascend
+rotate:
+  residual: true
+  untie: true
+rules:
+  - role: [mlp, attention]
+    scheme: w8a8_dynamic
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("m") / "model", "qwen2")
+
+
+@pytest.fixture
+def convert(tmp_path, model):
+    def job_of(out, *sets, **options):
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text(RECIPE)
+        where = {"model": str(model), "out": tmp_path / out, "overrides": sets}
+        return commands.plan(recipe, **where, options=JobOptions(**options))
+
+    return job_of
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_an_output_is_the_same_for_any_number_of_workers(convert, tmp_path, model):
+    jobs = [convert("one", workers=1), convert("three", workers=3)]
+    for job in jobs:
+        commands.quantize(job)
+    one, three = content(tmp_path / "one"), content(tmp_path / "three")
+    assert one == three
+    config, manifest = (json.loads(one[n]) for n in ("config.json", "quantcli_manifest.json"))
+    assert config["tie_word_embeddings"] is False
+    assert manifest["rotation"]["untied_bytes"] == 128 * 64 * 2
+    assert "The model was rotated: residual stream by Hadamard 64" in one["README.md"].decode()
+    planned = to_json(jobs[0])
+    assert planned["rotation"] == manifest["rotation"]
+    assert any("adds 16,384 bytes" in note for note in planned["notes"])
+    tensors = load_file(tmp_path / "one" / "model-00001-of-00001.safetensors")
+    assert bool((tensors["model.norm.weight"] == 1).all())
+    assert "lm_head.weight" in tensors
+    assert {str(tensors[name].dtype) for name in ("lm_head.weight", "model.norm.weight")} == {
+        "torch.bfloat16"
+    }
+    assert open_checkpoint(tmp_path / "one").config.flag("tie_word_embeddings") is False
+
+
+def test_another_seed_is_another_output(convert):
+    digests = {convert(f"s{seed}", f"rotate.seed={seed}").plan.digest for seed in (0, 1)}
+    assert len(digests) == 2
+
+
+def test_a_tied_model_is_refused_with_the_line(convert, tmp_path):
+    with pytest.raises(InputError, match="the output matrix is the embedding's tensor") as refused:
+        convert("out", "rotate.untie=false")
+    assert f"{tmp_path / 'r.yaml'}" in str(refused.value)
+    assert "rotate.untie=true, which adds 16,384 bytes" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_rotate_is_an_error(convert):
+    with pytest.raises(InputError, match="rotates nothing"):
+        convert("out", "rotate.residual=false", "rotate.heads=false")
