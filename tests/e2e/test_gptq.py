@@ -45,12 +45,12 @@ target: compressed-tensors
 calibration: {{data: text.txt, samples: {SAMPLES}, length: {LENGTH}, inputs: quantized}}
 rules:
   - match: "*.mlp.*_proj"
-    scheme: {{name: mxfp4, weight_rounding: {{name: learned, steps: 24, batch: 2, lr: 0.02}}}}
+    scheme: {{name: mxfp4, weight_rounding: {{name: learned, steps: 60, batch: 2, lr: 0.01}}}}
   - match: "*_proj"
     scheme:
       name: w4a16
       group_size: 32
-      weight_rounding: {{name: learned, steps: 24, batch: 2, lr: 0.02}}
+      weight_rounding: {{name: learned, steps: 60, batch: 2, lr: 0.01}}
 """
 EXPERTS = """\
 target: ascend
@@ -125,25 +125,17 @@ def test_what_was_interrupted_goes_on(make: Callable[..., Bench]) -> None:
 @pytest.mark.usefixtures("small")
 def test_learned_rounding(make: Callable[..., Bench]) -> None:
     """Codes and scales of its own, the same for any number of workers; never worse on the samples."""
-    gptq = make(LEARNED.replace("{name: learned, steps: 24, batch: 2, lr: 0.02}", "gptq"))
-    assert gptq.run().code == 0
-    bench = gptq.at("learned")
-    bench.edit_recipe(LEARNED)
+    bench = make(LEARNED)
     assert bench.run("--workers", 1).code == 0
     other = bench.at("again")
-    assert other.run("--workers", 3).code == 0
+    assert other.calibrate("--workers", 3).code == 0
     assert snapshot(other.store) == snapshot(bench.store)
-    assert snapshot(other.out) == snapshot(bench.out)
-    mine, plain = tensors(bench.store), tensors(gptq.store)
-    names = [name for name in mine if name.endswith(".codes")]
-    assert len(names) == 28
-    assert any(not torch.equal(mine[name], plain[name]) for name in names)
     lower = 0
     for layer in range(LAYERS):
         for found in report(bench, layer).values():
             assert found["layer_error"] <= found["layer_error_before"]
             assert "output_error" not in found
-            lower += found["layer_error"] < 0.99 * found["layer_error_before"]
+            lower += found["layer_error"] < 0.9 * found["layer_error_before"]
     assert lower
     for options in (("--calibration", bench.store), ()):
         checked = run_cli("verify", bench.out, "--against", bench.model, "--full", *options)
@@ -152,7 +144,7 @@ def test_learned_rounding(make: Callable[..., Bench]) -> None:
 
 
 def test_options_of_learning_in_one_layer(make: Callable[..., Bench]) -> None:
-    bench = make(LEARNED.replace("lr: 0.02", "lr: 0.01", 1))
+    bench = make(LEARNED.replace("lr: 0.01", "lr: 0.02", 1))
     refused(bench.calibrate(), "rounding learns with different options", "give their rules the same")
 
 

@@ -216,6 +216,9 @@ def learn(
             numbers = work.report.modules[segment.module].numbers
             for key in ("output_error", "output_error_nearest"):  # of codes that are no longer there
                 numbers.pop(key, None)
-            numbers |= {"layer_error_before": math.sqrt(before), "layer_error": math.sqrt(after)}
+            numbers |= {
+                "layer_error_before": math.sqrt(before),
+                "layer_error": math.sqrt(min(before, after)),
+            }
     kept = "" if after < before else ": no better, kept as it was"
     work.report.note = f"loss {before:.2e} -> {after:.2e}{kept}"

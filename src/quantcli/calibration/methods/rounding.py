@@ -63,7 +63,6 @@ _COLLECTING, _ROUNDING = 1.0, 1.0  # see `Method.passes`
 _ALL = -1  # in place of an expert's number: all experts that tokens reached
 _UNREACHED = "no token reached it"
 _SINGULAR = "its inputs are linearly dependent beyond damping"
-
 # what decides codes, next to options: calibrations of another one are not used
 _ALGORITHM = "gptq with sweeps"
 
@@ -151,7 +150,7 @@ class RoundingPass(Measurement):
         self._learn()
 
     def _round_layer(self) -> None:
-        for module in self.layout.modules(matrix for matrix, _ in self.layout.matrices()):
+        for module in self.layout.modules(m for m, _ in self.layout.matrices()):
             if self._by_data(module) and not self._inputs_seen(module):
                 self._rounded_to_nearest(module, _UNREACHED)
         groups = list(self._groups())
@@ -477,8 +476,8 @@ class RoundingPass(Measurement):
             assert rounded is not None
             found.append((rows, rounded[1]))
         scheme, device = self._scheme(first), self.run.device
-        dtype = self.run.policy.quantized[first].weight_dtype
-        return offsets.together(found, scheme, _to_scale(scheme, dtype), device)
+        to_scale = _to_scale(scheme, self.run.policy.quantized[first].weight_dtype)
+        return offsets.together(found, scheme, to_scale, device)
 
     def _check_order(self, module: str, rows: Tensor, block: slice) -> None:
         """The engine's arithmetic takes rows as they are loaded; codes are in the order of the file."""
