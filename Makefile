@@ -132,14 +132,14 @@ house:          ## figures of the source tree against their bars
 	@$(PYTHON) benchmarks/house.py
 
 BENCHMARKS := weight_error int4 startup plan outliers determinism isa memory speed as_run breakdown verify pages \
-	packages bitflips kill interrupt live calibration perplexity flatquant gptq sources experts cluster release remote trust
+	packages bitflips kill interrupt live calibration perplexity flatquant gptq budget sources experts cluster release remote trust
 
 bench: $(READY) ## run every benchmark of quantcli alone (about an hour, 10 GB of disk)
 	@for script in $(BENCHMARKS); do \
 		echo "== $$script" && $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 bench-peers: $(READY) ## convert next to other producers (the first time 4 GB of downloads)
-	@$(BIN)/python benchmarks/against_peers.py
+	@$(BIN)/python benchmarks/against_peers.py && $(BIN)/python benchmarks/peers_by_data.py
 
 bench-arm64: $(READY) ## the same bytes on an emulated aarch64 (as root; needs qemu-user-static, debootstrap)
 	@$(BIN)/python benchmarks/arm64.py

@@ -90,13 +90,14 @@ def compare(
     changes = {"mixed": change(str(spent.recipe), options.model, folder / "mixed", batches, exact)}
     report = spent.report
     bits = {"mixed": report["bits"]}
+    all_bits = report["uniform_bits"]
     for place, name in enumerate(report["options"][:-1]):
         uniform = recipe | {"rules": [{"role": ROLES, "scheme": schemes[place]}]}
         del uniform["budget"]
         if options.rounding == "nearest":
             del uniform["calibration"]
         changes[name] = change(uniform, options.model, folder / str(place), batches, exact)
-        bits[name] = bits_of(folder / str(place), report)
+        bits[name] = all_bits[name]
     for figures in report["candidates"]:
         ratio = figures["kl"] / figures["predicted"]
         yield Line(f"KL on held-out text over its prediction: {figures['name']}", ratio, "x")
@@ -113,14 +114,6 @@ def change(recipe: Any, model: Path, out: Path, batches: list[Batch], exact: lis
     commands.quantize(commands.plan(recipe, model=str(model), out=out))
     found = log_probs(Served.open(out), batches)
     return float((torch.cat(found).double() - torch.cat(exact).double()).abs().mean())
-
-
-def bits_of(out: Path, report: dict[str, Any]) -> float:
-    """Bits for each weight of the budget's modules in a checkpoint."""
-    modules = {module for unit in report["units"] for module in unit["modules"]}
-    tensors = open_checkpoint(out).tensors
-    nbytes = sum(t.nbytes for name, t in tensors.items() if name.rpartition(".")[0] in modules)
-    return 8 * nbytes / sum(unit["weights"] for unit in report["units"])
 
 
 if __name__ == "__main__":

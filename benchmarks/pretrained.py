@@ -48,6 +48,8 @@ INT4 = {  # schemes of the int4 recipes, without the group size
     "vllm_w4a16": "name: w4a16",
     "vllm_w4a8": "name: w4a8",
     "w4a16_gptq": "name: w4a16, weight_rounding: gptq",
+    "w4a16_awq": "name: w4a16",
+    "w4a16_awq_gptq": "name: w4a16, weight_rounding: gptq",
 }
 
 
@@ -86,6 +88,8 @@ SUBJECTS = [
     Subject("int8-static-smooth", LLM_COMPRESSOR, "int8 static, smoothed"),
     int4("w4a16_gptq", 64, cell="int4 g64, by data"),
     int4("w4a16_gptq", 32),
+    int4("w4a16_awq", 64, cell="int4 g64, by data"),
+    int4("w4a16_awq_gptq", 64, cell="int4 g64, by data"),
     int4("vllm_w4a16", 64, "clip: inputs", cell="int4 g64, by data", bar=0.30),
     Subject("int4-g64-gptq", LLM_COMPRESSOR, "int4 g64, by data"),
     Subject("int4-g64-awq", LLM_COMPRESSOR, "int4 g64, by data"),

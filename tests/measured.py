@@ -56,6 +56,7 @@ def weight_dtype(scheme: Scheme, serving: torch.dtype) -> torch.dtype:
         "w8a8_static",
         "w4a4_dynamic",
         "w4a4_flatquant",
+        "w4a4_hadamard",
     }
     return torch.float32 if in_float32 else serving
 

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+import quantcli
+from quantcli.calibration.resources import Resources
 from quantcli.calibration.sensitivity.passes import FloatModel
+from quantcli.commands.budget.sensitivity import SensitivityOptions, sensitivity
+from quantcli.core.errors import InputError
 from tests.e2e.calibrating import Bench, Models, make_bench
 from tests.e2e.conftest import run_cli
 
@@ -162,6 +166,39 @@ def test_sensitivity_of_experts(bench: Bench, models: Models) -> None:
     assert all(len(unit["modules"]) == 24 for unit in experts)
     int4 = report["schemes"][0]["name"]
     assert all(unit["errors"][int4] > 0 for unit in experts)
+
+
+def test_from_python(bench: Bench) -> None:
+    """`plan` spends as the command does."""
+    planned = quantcli.plan(bench.recipe, model=bench.model, out=bench.out)
+    first = bench.root.joinpath("out.recipe.yaml").read_bytes()
+    assert {rule["scheme"] for rule in planned.rules} == {"w4a16", "w8a16"}
+    assert bench.run("--plan").code == 0
+    assert bench.root.joinpath("out.recipe.yaml").read_bytes() == first
+    with pytest.raises(InputError, match="files"):
+        quantcli.plan(bench.recipe, model=bench.model, example_inputs=["some text"])
+
+
+def test_workers_change_nothing(bench: Bench) -> None:
+    options = SensitivityOptions(recipe=bench.recipe)
+    one, two = (sensitivity(str(bench.model), options, Resources(workers=n)) for n in (1, 2))
+    assert one == two
+
+
+def test_int4_in_bytes_counts_as_int4(bench: Bench) -> None:
+    ascend = RECIPE.replace("compressed-tensors", "ascend")
+    recipe, text = ascend.split("calibration:")
+    schemes = "schemes: [w4a4_dynamic, w8a8_dynamic]\n"
+    recipe = "".join(
+        f"  {schemes}" if "schemes" in line else line for line in recipe.splitlines(keepends=True)
+    )
+    bench.edit_recipe(recipe + text.partition("\n")[2])
+    done = bench.run("--plan")
+    assert done.code == 0, done.err
+    assert {rule["scheme"]["name"] for rule in written(bench)["rules"][1:]} == {
+        "w4a4_dynamic",
+        "w8a8_dynamic",
+    }
 
 
 def test_sensitivity_without_text(bench: Bench) -> None:

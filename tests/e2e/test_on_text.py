@@ -95,6 +95,19 @@ def test_a_limit_holds_for_each_text_and_a_text_is_given_once(
             quantcli.verify(checkpoints[0], data=TEXTS, layer=module, **RUN)
 
 
+def test_layers_of_a_rotated_checkpoint_are_compared_in_its_basis(tmp_path: Path) -> None:
+    path = ROOT / "recipes" / "w4a4_dynamic_rotated.yaml"
+    commands.quantize(commands.plan(path, model=str(MODEL), out=tmp_path / "out"))
+    options = {"max_kl": 9.0, "max_ppl_ratio": 9.0, "layer": DOWN}
+    done = quantcli.verify(tmp_path / "out", data=TEXTS[0], **options, **RUN)
+    assert done.ok, done.findings
+    assert not any("quantized, too" in each["what"] for each in done.findings)
+    assert all(layer["sqnr_db"] > 10 for layer in done.run["layers"])
+    (trace,) = done.run["traces"]
+    assert trace["alone_db"] > 30
+    assert trace["input_db"] > 8
+
+
 def check_traces(traces: list[dict[str, Any]]) -> None:
     """The sources of the error of two modules of a checkpoint with int8 weights and inputs."""
     first, down = traces

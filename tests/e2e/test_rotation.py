@@ -9,6 +9,9 @@ from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
 from quantcli.commands.job import JobOptions, to_json
 from quantcli.core.errors import InputError
+from quantcli.verification.depths import verify
+from quantcli.verification.options import VerifyOptions
+from tests.e2e.calibrating import LENGTH, SAMPLES, Models, make_bench
 from tests.tiny_models import make_tiny
 
 RECIPE = """\
@@ -19,6 +22,15 @@ rotate:
 rules:
   - role: [mlp, attention]
     scheme: w8a8_dynamic
+"""
+
+LEARNED = f"""\
+target: ascend
+rotate: {{learn: {{epochs: 1, rate: 0.05}}}}
+calibration: {{data: text.txt, samples: {SAMPLES}, length: {LENGTH}, dtype: float32}}
+rules:
+  - role: [mlp, attention]
+    scheme: w4a4_dynamic
 """
 
 
@@ -80,3 +92,27 @@ def test_a_tied_model_is_refused_with_the_line(convert, tmp_path):
 def test_nothing_to_rotate_is_an_error(convert):
     with pytest.raises(InputError, match="rotates nothing"):
         convert("out", "rotate.residual=false", "rotate.heads=false")
+
+
+def test_verify_finds_the_rotation_of_an_output(convert, tmp_path, model):
+    commands.quantize(convert("out"))
+    report = verify(VerifyOptions(tmp_path / "out", full=True, against=str(model)))
+    assert [f for f in report.findings if f.severity == "error"] == []
+    assert report.checked["rotation"] > 20
+    assert report.checked["recomputed"]
+
+
+def test_learned_matrices_are_kept_with_the_calibration(tmp_path):
+    """Another run takes them from there; without the folder verify finds them in the weights."""
+    bench = make_bench(tmp_path, Models(tmp_path / "models", num_hidden_layers=2)("qwen3"), LEARNED)
+    assert bench.run().code == 0
+    assert "learned" in (bench.out / "README.md").read_text()
+    assert not [*bench.store.glob("*states-*")]
+    other = bench.at("other")
+    assert other.run("--calibration", bench.store).code == 0
+    assert content(bench.out) == content(other.out)
+    for calibration in (None, bench.store):
+        options = VerifyOptions(bench.out, against=str(bench.model), calibration=calibration)
+        report = verify(options)
+        assert [f for f in report.findings if f.severity == "error"] == []
+        assert bool(report.checked.get("recomputed")) == bool(calibration)

@@ -252,7 +252,7 @@ def test_the_plan_says_what_data_gives_and_unpack_inverts_pack(weight, serving, 
     input_held = torch_dtype(target.engine_dtype(scheme.numerics, "input_scale", serving))
     if refused(target, scheme, weight):  # groups, or words of several codes, that do not divide a row
         weight = weight.repeat(8 if target_name == "gptq" else 1, 128)
-        weight = weight[:, :64] if scheme.schedule else weight
+        weight = weight[:, :64] if scheme.numerics.transform else weight
         assert not refused(target, scheme, weight)
     found = constants(scheme, input_held, weight, weight)
     bias = torch.linspace(-5, 2, len(weight)) if with_bias else None

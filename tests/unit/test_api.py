@@ -319,6 +319,7 @@ def test_support_knows_every_cell():
         "w4a16": "W4A16",
         "w4a4_dynamic": "W4A4_DYNAMIC",
         "w4a4_flatquant": "W4A4_FLATQUANT_DYNAMIC",
+        "w4a4_hadamard": "W4A4_FLATQUANT_DYNAMIC",
         "w4a8": "W4A8_DYNAMIC",
         "w8a16": "W8A16",
         "w8a8_dynamic": "W8A8_DYNAMIC",

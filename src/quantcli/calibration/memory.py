@@ -15,7 +15,6 @@ from quantcli.core.memory.limits import free_memory
 from quantcli.core.memory.shortage import check_memory
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.schemes.base import Scheme
-from quantcli.schemes.by_data import RoundedWeights
 
 BATCH_TOKENS = 2048  # of a batch: enough for matrices to be fast, little enough for many threads
 _LEARNED = 56  # bytes for each weight whose code learns: float32 of itself, of its state and gradient
@@ -42,7 +41,7 @@ def of_methods(plan: Plan, workers: int) -> int:
         block = re.match(r"\D+\.\d+\.", item.module)
         name, (_, k) = block[0] if block else "", item.source.spec.shape
         layers[name].append((item.scheme, k))
-        if isinstance(item.scheme, RoundedWeights) and item.scheme.rounding_learns:
+        if item.scheme.rounding_learns:
             codes[name] += _LEARNED * item.source.spec.numel
         if item.scheme.rounded_by_data:
             codes[name] += item.source.spec.numel // item.scheme.numerics.weight.element.per_byte

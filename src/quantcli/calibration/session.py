@@ -24,6 +24,7 @@ from quantcli.calibration.replay.devices import (
 )
 from quantcli.calibration.report import expert_tokens
 from quantcli.calibration.resources import Resources
+from quantcli.calibration.rotation.basis import learn, learned_basis
 from quantcli.calibration.sets.identity import Key, key_of
 from quantcli.calibration.sets.place import Place, finished, finished_of_texts, place_of
 from quantcli.calibration.spread import run as spread
@@ -290,6 +291,12 @@ def run_together(
         if session.key.data not in texts:
             texts[session.key.data] = _read_text(session, resources, progress)
     dataset = texts[sessions[0].key.data]
+    if plan.recipe.file.learns_rotation:
+        plans = _with_learned(
+            sessions, dataset.batches, len(skeleton.layers), here, progress, fresh=fresh
+        )
+        skeleton = skeleton_of(plans[0], trust_remote_code=resources.trust_remote_code)
+        fresh = False  # what was there is deleted
     batches = [*dataset.batches, _probe(dataset.batches[0])]
     runs = runs_of(plans, skeleton, batches, here, progress)
     with ExitStack() as stack:
@@ -314,6 +321,35 @@ def run_together(
             if not is_out_of_memory(error):
                 raise
             raise too_little_memory("a layer and its work", error, device) from None
+
+
+def _with_learned(
+    sessions: Sequence[Session],
+    batches: Sequence[Batch],
+    layers: int,
+    resources: Resources,
+    progress: Progress,
+    *,
+    fresh: bool,
+) -> list[Plan]:
+    """The plans of some sessions with learned rotations, each in its session's folder."""
+    plans = []
+    for session in sessions:
+        store = Store(session.folder, session.key, layers, session.basis, fresh=fresh)
+        try:
+            learn(
+                session.plan,
+                session.folder,
+                batches,
+                progress,
+                device=open_device(resources.device),
+                workers=resources.workers,
+                trust_remote_code=resources.trust_remote_code,
+            )
+        finally:
+            store.close()
+        plans.append(replace(session.plan, checkpoint=learned_basis(session.plan, session.folder)))
+    return plans
 
 
 def _read_text(session: Session, resources: Resources, progress: Progress) -> Dataset:

@@ -3,6 +3,7 @@
     calibration.json           the key: model, text, what is measured; written first
     layer-00000.safetensors    `stats.MODULE.NAME`, and the vectors of edits: `vector.00000`
     layer-00000.json           tokens and ranges by module, results of methods, edits by tensor
+    rotation.safetensors       matrices of a learned rotation, and where learning has come to
     states-00003.safetensors   inputs of the next layer; only while a run is under way, as are outputs
                                of a whole stack and tensors that layers hand on next to these;
                                with `.000001-000004` those of 4 batches, from batch 1 on
@@ -46,7 +47,7 @@ _STATES = (
     rf"(final-)?states-\d{{5}}{_PART}\.(safetensors|carried\.json)"
     rf"|states-[0-9a-f]{{64}}{_PART}\.safetensors"
 )
-_FILES = rf"(layer-\d{{5}}\.(safetensors|json)|{_STATES}|calibration\.json)"
+_FILES = rf"(layer-\d{{5}}\.(safetensors|json)|{_STATES}|rotation\.safetensors|calibration\.json)"
 _ATTEMPT = r"(\.[0-9a-f]{16})?"  # of one of several processes
 _OURS = re.compile(rf"{_FILES}{_ATTEMPT}|\.{_FILES}{_ATTEMPT}\.writing|\.lock")
 _FURTHER = re.compile(r"further-[0-9a-f]{16}")
@@ -319,7 +320,7 @@ def load_measured(folder: Path, layers: int, modules: Collection[str] | None = N
         }
         experts |= expert_tokens(report.modules)
     unreached, basis = tuple(sorted(no_tokens)), read_basis(folder)
-    return Measured(stats, edits, edited, unreached, taken_from, experts, basis)
+    return Measured(stats, edits, edited, unreached, taken_from, experts, basis, folder)
 
 
 def _sealed_layer(folder: Path, index: int) -> tuple[StoredReport, list[StoredTensor]]:

@@ -70,8 +70,8 @@ def quantize(
     from quantcli.cli.progress import watch
     from quantcli.commands import job as jobs
     from quantcli.commands import quantize as commands
-    from quantcli.commands.budget.spending import has_budget, spend
-    from quantcli.commands.recommend import Chosen, choose
+    from quantcli.commands.budget.spending import Request, without_budget
+    from quantcli.commands.recommend import choose
 
     resources = options.resources_of(device, workers, max_memory, executor, trust=trust_remote_code)
     signer = jobs.signer_of(sign)
@@ -84,22 +84,17 @@ def quantize(
             with_data=calibration is not None,
             progress=planning,
         )
-        if has_budget(chosen.recipe, chosen.overrides):
-            spent = spend(
-                chosen.recipe,
-                model=model,
-                out=out,
-                overrides=chosen.overrides,
-                resources=resources,
-                calibration=calibration,
-                progress=planning,
-            )
-            chosen, model, out = Chosen(spent.recipe, ()), spent.model, spent.out
+        ordinary = without_budget(
+            Request(chosen.recipe, chosen.overrides, model, out),
+            resources=resources,
+            calibration=calibration,
+            progress=planning,
+        )
         job = commands.plan(
-            chosen.recipe,
-            model=model,
-            out=out,
-            overrides=chosen.overrides,
+            ordinary.recipe,
+            model=ordinary.model,
+            out=ordinary.out,
+            overrides=ordinary.overrides,
             options=jobs.JobOptions(
                 workers,
                 fresh,

@@ -184,6 +184,7 @@ def _plan(
     recipe: Recipe, given: _Given, out: PathLike | None, options: Mapping[str, Any]
 ) -> PlannedJob[Plan]:
     from quantcli.commands import quantize as commands
+    from quantcli.commands.budget.spending import Request, without_budget
     from quantcli.commands.recommend import choose
 
     chosen = choose(
@@ -194,11 +195,18 @@ def _plan(
         with_data=given.examples is not None or options["calibration"] is not None,
         progress=given.progress,
     )
+    ordinary = without_budget(
+        Request(chosen.recipe, chosen.overrides, given.model, place_of(out)),
+        resources=resources_of(options),
+        calibration=path_of(options["calibration"]),
+        examples=given.examples,
+        progress=given.progress,
+    )
     return commands.plan(
-        chosen.recipe,
-        model=given.model,
-        out=place_of(out),
-        overrides=chosen.overrides,
+        ordinary.recipe,
+        model=ordinary.model,
+        out=ordinary.out,
+        overrides=ordinary.overrides,
         options=JobOptions(
             options["workers"],
             options["fresh"],
@@ -227,8 +235,8 @@ def resources_of(options: Mapping[str, Any]) -> Resources:
     from quantcli.core.threads import default_workers
     from quantcli.recipe.fields import parse_size
 
-    check_device(options["device"])
-    limit = options["max_memory"]
+    device, limit = options.get("device", "cpu"), options.get("max_memory")
+    check_device(device)
     try:
         size = None if limit is None else parse_size(limit)
     except ValueError as error:
@@ -236,8 +244,8 @@ def resources_of(options: Mapping[str, Any]) -> Resources:
         raise InputError(f"`max_memory`: {error}", where=f"max_memory={limit!r}", fix=fix) from None
     workers = options["workers"] or default_workers()
     executor = parse_executor(options.get("executor", THREADS))
-    trust = options["trust_remote_code"]
-    return Resources(options["device"], workers, size, trust, executor, options["workers"])
+    trust = options.get("trust_remote_code", False)
+    return Resources(device, workers, size, trust, executor, options["workers"])
 
 
 @takes(Calibrating)

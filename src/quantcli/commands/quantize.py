@@ -93,13 +93,13 @@ def plan(
     planned = make_plan(loaded, checkpoint)
     session = None
     if planned.needs_calibration:
-        from quantcli.calibration.session import load, prepare_session
+        from quantcli.calibration.session import prepare_session
 
         folder = options.calibration or calibration_folder(whole)
         say_if_new(options.calibration, progress)
         session = prepare_session(planned, folder, out=place.folder, examples=examples)
         if session.complete:
-            planned = make_plan(loaded, checkpoint, load(session))
+            planned = with_statistics(planned, session)
         elif share:
             raise InputError(
                 "all parts need one calibration, and this one is not done",
@@ -221,7 +221,8 @@ def calibrated(
 
 def with_statistics(plan: Plan, session: Session) -> Plan:
     """A plan with the statistics of its finished calibration."""
+    from quantcli.calibration.rotation.basis import learned_basis
     from quantcli.calibration.session import load
     from quantcli.planning.planner import make_plan
 
-    return make_plan(plan.recipe, plan.checkpoint, load(session))
+    return make_plan(plan.recipe, learned_basis(plan, session.folder), load(session))

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -126,6 +127,7 @@ class Measured:
     taken_from: those of them that take statistics of others, and of which: a module, or a pattern.
     experts:   of each layer's experts the tokens that the router gave them, see `expert_tokens`.
     basis:     what it was made of; None if that is not known.
+    folder:    where it is kept; None if it is nowhere.
     """
 
     stats: Mapping[str, Mapping[str, StoredTensor]] = field(default_factory=dict)
@@ -135,6 +137,7 @@ class Measured:
     taken_from: Mapping[str, str] = field(default_factory=dict)
     experts: Mapping[str, Any] = field(default_factory=dict)
     basis: Basis | None = None
+    folder: Path | None = None
 
     def edit_of(self, stored: StoredTensor) -> Edit | None:
         """The edit of a stored tensor, if it has one. InputError for one of other dtypes or shapes."""

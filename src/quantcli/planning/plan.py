@@ -468,8 +468,8 @@ class Plan(Work):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the recipe asks for samples: a scheme that measures inputs, or a method."""
-        return bool(self.methods)
+        """Whether the recipe asks for samples: for inputs, for a method, or to learn a rotation."""
+        return bool(self.methods) or self.recipe.file.learns_rotation
 
     @property
     def asked(self) -> dict[str, int]:

@@ -161,6 +161,17 @@ class Calibration(Block):
     )
 
 
+class LearnRotation(Block):
+    """How rotations are learned: so that int4 changes the outputs of layers least."""
+
+    epochs: Annotated[int, Field(ge=1, le=100)] = Field(
+        4, description="passes over all layers and text"
+    )
+    rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.01, description="of the first step, in radians; it falls to 0"
+    )
+
+
 class Rotate(Block):
     """Orthogonal matrices that are folded into the weights before all else: the function stays."""
 
@@ -174,11 +185,16 @@ class Rotate(Block):
         "embeddings",
     )
     seed: int = Field(0, description="seed of the signs")
+    learn: LearnRotation | None = Field(
+        None, description="learn the matrices on the text of `calibration`; they begin as Hadamard ones"
+    )
 
     @model_validator(mode="after")
     def _rotates(self) -> Rotate:
         if not self.residual and not self.heads:
             raise ValueError("rotates nothing: leave the block `rotate` out")
+        if self.learn is not None and not self.residual:
+            raise ValueError("`learn` is for the residual stream: leave `residual: false` out")
         return self
 
 
@@ -289,3 +305,8 @@ class RecipeFile(Block):
         description="regular expressions over full module names: modules with equal capture groups "
         "share what an engine keeps once, such as an input scale",
     )
+
+    @property
+    def learns_rotation(self) -> bool:
+        """Whether matrices of a rotation are to be learned."""
+        return self.rotate is not None and self.rotate.learn is not None

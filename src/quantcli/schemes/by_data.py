@@ -107,8 +107,8 @@ class RoundedWeights(Scheme):
         """If data chooses the codes."""
         if isinstance(self.weight_rounding, RoundingOptions):
             return self.weight_rounding
-        made = {"gptq": Gptq(name="gptq"), "learned": Learned(name="learned")}
-        return made.get(self.weight_rounding)
+        usual = {"gptq": Gptq(name="gptq"), "learned": Learned(name="learned")}
+        return usual.get(self.weight_rounding)
 
     @property
     def rounding_learns(self) -> bool:

@@ -8,16 +8,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from quantcli.core.numerics import NO_STATS, Numerics, Operand, Parts, Stats
+from quantcli.core.numerics import NO_STATS, Parts, Stats
 from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import kronecker, rounding
 from quantcli.schemes.base import Bias, Learner, LearningTask
 from quantcli.schemes.by_data import WeightRounding, chosen
-from quantcli.schemes.integer import LARGEST, LEAST, Int4Weights
+from quantcli.schemes.int4_kronecker import Int4Kronecker
+from quantcli.schemes.integer import LARGEST, LEAST
 from quantcli.schemes.transformed import SHARED, Transformed
 
 
-class W4A4FlatQuant(Transformed, Int4Weights):
+class W4A4FlatQuant(Transformed, Int4Kronecker):
     """FlatQuant (Sun et al. 2024): inputs x are multiplied by a learned Kronecker product L x R, which
     spreads outliers over all channels, and weights by its inverse; both are then int4."""
 
@@ -35,12 +36,6 @@ class W4A4FlatQuant(Transformed, Int4Weights):
     fallback: Literal["w8a8_dynamic", "w4a4_dynamic"] = Field(
         "w8a8_dynamic", description="the scheme of modules that the kernel cannot take"
     )
-
-    @property
-    def numerics(self) -> Numerics:
-        """Int4 per channel x int4 per token, dynamic, inputs transformed."""
-        token = Operand("int4", "token", dynamic=True)
-        return Numerics(Operand("int4", "channel"), token, transform="kronecker")
 
     @property
     def unserved(self) -> str:
@@ -77,19 +72,3 @@ class W4A4FlatQuant(Transformed, Int4Weights):
         left, right, clip = (constants[name].to(x.device) for name in SHARED)
         codes, scale = flatquant.quantize_tokens(kronecker.served(x, left, right), clip)
         return codes * scale
-
-    def forward(self, x: Tensor, parts: Parts, bias: Bias = None) -> Tensor:
-        """The kernel `npu_kronecker_quant`, then an int4 product, with all their roundings.
-
-        t = f16(L^T (X R)), m = max |t| of a token, token_scale = m clip_ratio / 7 and
-        xq = clamp(rint(f16(t ((7 / clip_ratio) / m))), -8, 7);
-        y = (f32(sum_k xq wq) * weight_scale) * token_scale, cast to x.dtype, then + bias. The sum is
-        exact in float32, below 2^24 for the widest matrix that the kernel takes.
-        """
-        codes, token_scale = flatquant.quantize_tokens(
-            kronecker.served(x, parts["left_trans"], parts["right_trans"]), parts["clip_ratio"]
-        )
-        total = codes @ parts["weight"].float().mT
-        y = total * rounding.per_output(parts["weight_scale"].squeeze(-1)) * token_scale
-        y = y.to(x.dtype)
-        return y if bias is None else y + rounding.per_output(bias.to(x.dtype))

@@ -69,9 +69,12 @@ def verify_against(
     progress: Progress,
     *,
     trust: bool = False,
-) -> None:
+) -> Reference:
     """Compare every tensor; findings and modules go to the report. trust: the model's own code may run,
     which tells what its stream is if that was rotated.
+
+    Returns the other model in the basis of the checkpoint: if that was rotated, the same function with
+    other weights.
 
     Each quantized weight must reach the limit `min_sqnr`, or the bound of its codes if there is none.
     Memory: a few row blocks for each worker.
@@ -83,7 +86,7 @@ def verify_against(
     if (different := other_model(stored.checkpoint, reference.checkpoint)) is not None:
         report.add([different])
         report.count("source", 1)
-        return
+        return reference
     report.excuse(faults_of_model(reference, str(stored.checkpoint.path)))
     ours = Reference(split_experts(stored.checkpoint), None, stored)  # experts may be stored together
     if is_rotated(ours.checkpoint, reference.checkpoint):
@@ -118,6 +121,7 @@ def verify_against(
     report.count("copies", counts.equal + counts.edited)
     report.count("edits", counts.edited)
     report.count("sqnr", len(report.modules))
+    return reference
 
 
 _Compared: TypeAlias = tuple[list[Finding], list[ModuleReport], TensorCounts]

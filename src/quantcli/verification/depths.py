@@ -110,7 +110,7 @@ def verify(
             engine = Engine(endpoint, endpoint.answers(windows, progress), vocabulary)
     both = weight_files([structure.stored.checkpoint, reference.checkpoint])
     pool = Pool(task_workers, cluster, both)
-    verify_against(structure, reference, pool, progress, trust=options.trust_remote_code)
+    reference = verify_against(structure, reference, pool, progress, trust=options.trust_remote_code)
     if conversion is not None:
         read = source_files(conversion.plan, conversion.plan.shards)
         conversion.run(report, Pool(task_workers, cluster, (*both, *read)), progress)

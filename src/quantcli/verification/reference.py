@@ -31,6 +31,7 @@ from quantcli.verification.compare import Weight, rows_of
 from quantcli.verification.config import OF_PRODUCER, compare_config
 from quantcli.verification.kinds import use_of, written
 from quantcli.verification.outcome import CONVERT
+from quantcli.verification.rotation.turned import ROTATED
 
 _BLOCK = 2**20  # bytes that are compared together
 
@@ -167,6 +168,7 @@ def compare_names(ours: Reference, reference: Reference) -> Iterator[Finding]:
     for name in sorted(names - reference_names):
         yield failed("source", f"`{name}` is not in the other model", None, CONVERT)
     kinds = decoded_kinds(reference.checkpoint.tensors.values())
+    kinds = [kind for kind in kinds if kind["format"] != ROTATED]
     if count := len(reference.modules) or sum(kind["modules"] for kind in kinds):
         what = (
             f"the other model is quantized, too ({count} modules): differences between both are shown"

@@ -65,7 +65,7 @@ def outputs(run, index, layer_run=None):
 
 
 @pytest.mark.parametrize(
-    "methods", [[Awq(ratios=4)], [Smoothing(), Awq(ratios=4)]], ids=["alone", "smoothed"]
+    "methods", [[Awq(ratios=4)], [Smoothing(within=1), Awq(ratios=4)]], ids=["alone", "smoothed"]
 )
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "deepseek_v3"])
 def test_the_function_stays(tmp_path, family, methods):
@@ -122,6 +122,7 @@ def test_rules(tmp_path):
     groups = {g.producer.rpartition(".")[2]: g for g in layer_run.report.results["scaled"]}
     assert "up_proj" not in groups
     assert (groups["input_layernorm"].ratio, groups["input_layernorm"].duo) == (0.5, False)
+    assert groups["input_layernorm"].error != 1  # next to no scales
     for wrong in ({"ratio": 0.5, "skip": True}, {}):
         with pytest.raises(ValidationError, match="give either `ratio` or `skip: true`"):
             AwqRule(match=["*"], **wrong)
@@ -143,8 +144,9 @@ def test_learned_transforms_and_experts_without_tokens_are_left(tmp_path):
 
 def test_memory_is_bounded():
     weights = [(INT4, 4096), (INT4, 14336)]
-    assert Awq().nbytes(weights) == 4 * awq.TOKENS * (4096 + 14336)
-    assert Awq().nbytes(weights * 1000) == awq.TOKENS_NBYTES
+    outputs = 4 * awq.TOKENS * awq.ALL_ROWS
+    assert Awq().nbytes(weights) == 4 * awq.TOKENS * (4096 + 14336) + outputs
+    assert Awq().nbytes(weights * 1000) == awq.TOKENS_NBYTES + outputs
     assert Awq().worker_nbytes(weights) > Awq().worker_nbytes(weights[:1]) > 0
     assert "awq" in recipe_methods()
 

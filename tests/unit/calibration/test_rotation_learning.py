@@ -45,7 +45,7 @@ def run(model, folder, *, workers=1, epochs=3, schedule=None):
     told = Told()
     folder.mkdir(exist_ok=True)
     learning = Learning(replay, traced, schedule or Schedule(epochs, 0.02), folder, told)
-    heads = {pair.values: torch.stack([orthogonal(16, 7)] * 2) for pair in traced.pairs}
+    heads = {pair.values: orthogonal(16, 7) for pair in traced.pairs}
     return learning.run(orthogonal(64, 5), heads), told.errors
 
 
@@ -92,7 +92,7 @@ def test_without_rounding_the_function_stays(model):
         get, carried = staticmethod(states.__getitem__), staticmethod(lambda number: {})
 
     learning = Learning(replay, traced, Schedule(), checkpoint.path, SILENT)
-    heads = {pair.values: torch.stack([orthogonal(16, 7), orthogonal(16, 8)]) for pair in traced.pairs}
+    heads = {pair.values: orthogonal(16, 7) for pair in traced.pairs}
     learning._begin(orthogonal(64, 5), heads)
     with skeleton.loaded(1, read_tensor, CPU) as layer:
         before = replay.forward(1, layer, Given, 0)

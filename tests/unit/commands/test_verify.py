@@ -41,7 +41,7 @@ def test_the_document(made):
     report = quantcli.verify(made[0], against=made[1], min_sqnr=99.0).to_dict()
     assert [*report] == [
         "ok", "checkpoint", "format", "against", "tool", "made_by", "depths", "limits", "checks",
-        "findings", "modules", "sizes", "tensors", "run", "not_checked",
+        "findings", "modules", "sizes", "tensors", "run", "compared", "not_checked",
         "serve", "baseline", "card_written",
     ]  # fmt: skip
     assert report["limits"] == {"min_sqnr": 99.0, "max_ppl_ratio": None, "max_kl": None}

@@ -12,8 +12,8 @@ from quantcli.targets.base import Target
 def test_what_is_found():
     assert list(discover(Scheme)) == [
         "fp8_block", "fp8_dynamic", "fp8_static", "fp8_tensor", "mxfp4", "mxfp4_flatquant", "mxfp4_fp8",
-        "mxfp4a16", "mxfp8", "nvfp4", "nvfp4a16", "w4a16", "w4a4_dynamic", "w4a4_flatquant", "w4a8",
-        "w8a16", "w8a8_dynamic", "w8a8_mix", "w8a8_static",
+        "mxfp4a16", "mxfp8", "nvfp4", "nvfp4a16", "w4a16", "w4a4_dynamic", "w4a4_flatquant",
+        "w4a4_hadamard", "w4a8", "w8a16", "w8a8_dynamic", "w8a8_mix", "w8a8_static",
     ]  # fmt: skip
     assert list(discover(Target)) == ["ascend", "compressed-tensors", "fp8", "gptq", "modelopt"]
     assert all(cls.name == name for base in (Scheme, Target) for name, cls in discover(base).items())

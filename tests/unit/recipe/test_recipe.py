@@ -18,6 +18,7 @@ from quantcli.planning.planner import Expected, compare_expected, make_plan
 from quantcli.recipe.fields import (
     Calibration,
     Expect,
+    LearnRotation,
     RecipeFile,
     Rotate,
     RuleFile,
@@ -64,6 +65,9 @@ rotate:
   heads: true
   untie: true
   seed: 1
+  learn:
+    epochs: 3
+    rate: 0.02
 smooth:
   alpha: 0.6
   rules:
@@ -130,7 +134,8 @@ def edits(word):
 
 def blocks():
     every = (
-        RecipeFile, RuleFile, Expect, Calibration, Rotate, Smoothing, SmoothRule, KvCache, Verify,
+        RecipeFile, RuleFile, Expect, Calibration, Rotate, LearnRotation, Smoothing, SmoothRule,
+        KvCache, Verify,
     )  # fmt: skip
     return {f.alias or name for block in every for name, f in block.model_fields.items()}
 

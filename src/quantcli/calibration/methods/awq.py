@@ -13,7 +13,7 @@ clips, the rounding of its inputs), on tokens of the samples. Error e_t and outp
 
 summed over modules: that of a few tokens with outputs a thousand times as large, as pretrained models
 have them, counts no more than that of others. The paper takes the squared error of the attention or the
-MLP, which costs a run of the layer for each candidate; `benchmarks/awq.py` compares.
+MLP, which costs a run of the layer for each candidate and was not better. `benchmarks/awq.py` measures.
 
 Scales of norms are rounded as smoothing rounds them; those of rows of a matrix, and those of channels
 that a float matrix reads, are powers of two.
@@ -46,7 +46,9 @@ from quantcli.schemes.arithmetic.gptq import Each
 from quantcli.schemes.base import Scheme
 
 TOKENS = 1024  # that candidates are judged on, of each input
-ROWS = 256  # and of each weight
+ROWS = 256  # and of each weight; fewer, if many read one input
+ALL_ROWS = 16 * ROWS  # of all that read one input
+LEAST_ROWS = 16
 TOKENS_NBYTES = 2**30  # of all tokens that are kept
 _WIDE = 8  # float32 matrices [rows or tokens, k] that a job holds
 _TINY = 1e-30  # an error or an output of nothing
@@ -147,8 +149,9 @@ class Awq(Method):
         return _PASSES if self.has_work(modules, policy) else 0.0
 
     def nbytes(self, weights: Sequence[tuple[Scheme, int]]) -> int:
-        """The tokens that are kept."""
-        return min(TOKENS_NBYTES, sum(4 * TOKENS * k for _, k in weights))
+        """The tokens that are kept, and outputs."""
+        tokens = min(TOKENS_NBYTES, sum(4 * TOKENS * k for _, k in weights))
+        return tokens + 4 * TOKENS * ALL_ROWS
 
     def worker_nbytes(self, weights: Sequence[tuple[Scheme, int]]) -> int:
         """What one job of the search computes with."""
@@ -193,9 +196,10 @@ class Awq(Method):
                 if not search.parts:
                     unseen.append(producer.name)
                     continue
-                tried = self._candidates(search)
+                tried, given = self._candidates(search)
                 errors = search.errors([candidate.scale for candidate in tried], each)
                 best = min(range(len(tried)), key=errors.__getitem__)  # the first of equal ones
+                best = len(tried) - 1 if given else best
                 group = self._scaled(work, producer, tried[best], errors[best] / max(errors[0], _TINY))
                 groups += [group] if group is not None else []
                 run.progress.step(done, len(producers), noun="group")
@@ -223,21 +227,23 @@ class Awq(Method):
             for reader in producer.readers
         }
 
-    def _candidates(self, search: Search) -> list[Candidate]:
-        """No scales, and then all others that differ from those before them."""
-        tried = [Candidate(0.0, False, torch.ones(len(search.producer.used)))]
+    def _candidates(self, search: Search) -> tuple[list[Candidate], bool]:
+        """No scales, and then all others that differ from those before them. Whether a rule gives the
+        last one, in place of a search."""
         rule = self._rule([part.segment.module for part in search.parts])
+        given = rule is not None and rule.ratio is not None
         steps = [step / self.ratios for step in range(self.ratios + 1)]
         pairs = [(ratio, duo) for duo in (False, True)[: 1 + self.duo] for ratio in steps]
         if rule is not None and rule.ratio is not None:
-            pairs, tried = [(rule.ratio, False)], []
-        seen = {candidate.scale.numpy().tobytes() for candidate in tried}
+            pairs = [(rule.ratio, False)]
+        tried = [Candidate(0.0, False, torch.ones(len(search.producer.used)))]
+        seen = {tried[0].scale.numpy().tobytes()}
         for ratio, duo in pairs:
             scale = search.scale(ratio, 1 - ratio if duo else 0.0)
             if (content := scale.numpy().tobytes()) not in seen:
                 seen.add(content)
                 tried.append(Candidate(ratio, duo, scale))
-        return tried
+        return tried, given
 
     def _scaled(
         self, work: LayerWork, producer: Producer, chosen: Candidate, gained: float
@@ -263,20 +269,27 @@ class Awq(Method):
 class _Part:
     """A quantized module that reads a producer's channels.
 
-    rows:   those that are judged, float32 [n, k].
-    amax:   max |w| of each column of the whole weight, float32 [k].
+    weight: [n, k], as it is loaded.
+    places: the rows that are judged, int64.
+    amax:   max |w| of each column, float32 [k].
     inputs: float32 [tokens, k].
     """
 
     reader: ChannelReader
     segment: Segment
-    rows: Tensor
+    weight: Tensor
+    places: Tensor
     amax: Tensor
     inputs: Tensor
 
+    @property
+    def rows(self) -> Tensor:
+        """Those that are judged, float32 [rows, k]: a copy, which is not kept."""
+        return self.weight[self.places].float()
+
     def columns(self, scale: Tensor) -> Tensor:
         """The scale of each column [k], of those of channels."""
-        return scale.to(self.rows.device)[self.reader.channels.to(self.rows.device)]
+        return scale.to(self.weight.device)[self.reader.channels.to(self.weight.device)]
 
 
 class Search:
@@ -294,6 +307,8 @@ class Search:
         channels = len(producer.used)
         self._amax = torch.zeros(channels)  # max |w| of all columns that read a channel
         self._largest = float("inf")
+        modules = len(work.layout.modules(reader.matrix for reader in producer.readers))
+        most = max(LEAST_ROWS, min(ROWS, ALL_ROWS // modules))
         for reader in producer.readers:
             weight, inputs = work.layer.weight(reader.matrix), tokens[reader.matrix]
             amax = rounding.absmax(weight, dim=0).squeeze(0).cpu()
@@ -306,9 +321,9 @@ class Search:
                     continue
                 own = weight[segment.start : segment.stop]
                 multiple = work.run.policy.quantized[segment.module].scheme.row_multiple
-                rows = own[_some(len(own), multiple, ROWS).to(own.device)].float()
+                places = _some(len(own), multiple, most).to(own.device)
                 amax = rounding.absmax(own, dim=0).squeeze(0)
-                self.parts.append(_Part(reader, segment, rows, amax, inputs))
+                self.parts.append(_Part(reader, segment, own, places, amax, inputs))
         self._inputs, self._weights = self._sizes(channels)
 
     def _sizes(self, channels: int) -> tuple[Tensor, Tensor]:
@@ -317,9 +332,10 @@ class Search:
         sums = torch.zeros(4, channels)
         for part in self.parts:
             block = self._policy.quantized[part.segment.module].scheme.numerics.weight.block
-            block = block or (1, part.rows.shape[1])
-            largest = tiles.spread(tiles.absmax(part.rows, block), block, *part.rows.shape)
-            relative = torch.where(largest > 0, part.rows.abs() / largest, 0.0)
+            rows = part.rows
+            block = block or (1, rows.shape[1])
+            largest = tiles.spread(tiles.absmax(rows, block), block, *rows.shape)
+            relative = torch.where(largest > 0, rows.abs() / largest, 0.0)
             for place, values in ((0, part.inputs.abs()), (2, relative)):
                 sums[place].index_add_(0, part.reader.channels, values.sum(0).cpu())
                 each = torch.full((values.shape[1],), float(len(values)))

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quantcli.calibration.methods.base import LayerWork
-from quantcli.calibration.methods.learning import Course
+from quantcli.calibration.methods.course import Course
 from quantcli.calibration.replay.skeleton import Segment
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.core.errors import InputError
@@ -188,7 +188,7 @@ def learn(
     """Let the codes of a layer's matrices learn: new stats `codes` and `scales`, and a remark.
 
     starts: by matrix, how it learns, and the modules that are its rows. start_of: these rows. The
-    start is kept if the loss on the samples is no smaller afterwards. InputError for several options.
+    start is kept unless the loss on the samples is smaller afterwards. InputError for several options.
     """
     run = work.run
     named = {how: segments[0].module for how, segments in starts.values()}

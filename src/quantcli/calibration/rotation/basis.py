@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
+from quantcli.core.events import Progress
+from quantcli.planning.plan import Plan
 from quantcli.recipe.recipe import Recipe
 
 
@@ -27,7 +36,64 @@ def in_basis(recipe: Recipe, checkpoint: Checkpoint) -> Checkpoint:
         rotation = hadamard_rotation(
             places, residual=block.residual, heads=block.heads, seed=block.seed
         )
+        if block.learn is not None:
+            learning = f"{block.learn.epochs} epochs, rate {block.learn.rate}"
+            rotation = replace(rotation, learning=learning)
         return rotated(checkpoint, places, rotation, untie=block.untie)
     except InputError as error:
         where = f"{recipe.where('rotate')}; {error.where}" if error.where else recipe.where("rotate")
         raise InputError(error.what, where=where, fix=error.fix) from None
+
+
+def learned_basis(plan: Plan, folder: Path | None) -> Checkpoint:
+    """The checkpoint of a plan, with the matrices that a calibration in `folder` has learned; as it is
+    if its recipe asks for none. InputError if they are missing, or not of this model."""
+    checkpoint = plan.checkpoint
+    if folder is None or not plan.recipe.file.learns_rotation or not _learned_from_here(checkpoint):
+        return checkpoint
+    from quantcli.calibration.rotation.learning import learned_matrices
+    from quantcli.checkpoint.rotation.rotation import with_matrices
+
+    return with_matrices(checkpoint, learned_matrices(checkpoint, folder))
+
+
+def _learned_from_here(checkpoint: Checkpoint) -> bool:
+    """Whether the matrices are the Hadamard ones that learning begins with."""
+    from quantcli.checkpoint.rotation.orthogonal import Hadamard
+    from quantcli.checkpoint.rotation.virtual import Rotated
+
+    return any(
+        isinstance(tensor, Rotated) and isinstance(tensor.right, Hadamard)
+        for tensor in checkpoint.tensors.values()
+    )
+
+
+def learn(
+    plan: Plan,
+    folder: Path,
+    batches: Sequence[Batch],
+    progress: Progress,
+    *,
+    device: torch.device,
+    workers: int,
+    trust_remote_code: bool,
+) -> None:
+    """Learn the matrices that a plan's recipe asks for, into `folder`; nothing if they are there."""
+    from quantcli.calibration.replay.replay import Replay
+    from quantcli.calibration.replay.skeleton import Skeleton
+    from quantcli.calibration.rotation.find import trace
+    from quantcli.calibration.rotation.learning import Learning, Schedule, stream_of
+    from quantcli.checkpoint.rotation.rotation import unrotated
+
+    block = plan.recipe.file.rotate
+    assert block is not None
+    assert block.learn is not None
+    source = unrotated(plan.checkpoint)
+    traced = trace(source, trust_remote_code=trust_remote_code)
+    skeleton = Skeleton(source, "F32", trust_remote_code=trust_remote_code)
+    replay = Replay(skeleton, batches, device=device, workers=workers)
+    replay.report_to(progress, 0)
+    schedule = Schedule(block.learn.epochs, block.learn.rate)
+    learning = Learning(replay, traced, schedule, folder, progress)
+    stream, heads = stream_of(plan.checkpoint, traced)
+    learning.run(stream, heads)

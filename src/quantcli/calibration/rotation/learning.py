@@ -28,12 +28,15 @@ from quantcli.calibration.replay.taps import Matrices, Tap
 from quantcli.calibration.rotation.find import Traced
 from quantcli.calibration.rotation.linears import Basis, RotatedLinears
 from quantcli.calibration.rotation.proof import HeadPair
+from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import layout, read_header
 from quantcli.checkpoint.roles import roles_of
+from quantcli.checkpoint.rotation.orthogonal import Dense, Orthogonal, matrix_of
+from quantcli.checkpoint.rotation.virtual import Rotated
 from quantcli.checkpoint.spec import TensorSpec, safetensors_dtype
 from quantcli.checkpoint.tensors import read_tensor, tensor_bytes
 from quantcli.checkpoint.writer import ShardWriter
-from quantcli.core.errors import QuantError
+from quantcli.core.errors import InputError, QuantError
 from quantcli.core.events import Progress
 from quantcli.core.threads import one_thread
 
@@ -93,14 +96,21 @@ class Learning:
     _moving: dict[str, _Moving] = field(default_factory=dict)  # "" is the stream's
 
     def run(self, stream: Tensor, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The learned matrices: of the stream float32 [h, h], and of heads [kv heads, d, d] by the
-        parameter of the values. stream, heads: where they begin.
+        """The learned matrices: of the stream float32 [h, h], and of heads [d, d] by the parameter of
+        the values. stream, heads: where they begin.
 
         What an interrupted run has left in the folder is used: hidden states by layer, matrices by
         epoch. Results are the same for any number of workers.
         """
         self._begin(stream, heads)
         done = self._load()
+        if done < self.schedule.epochs:
+            self._learn(done)
+        found = {name: moving.matrix.float() for name, moving in self._moving.items()}
+        return found.pop(""), found
+
+    def _learn(self, done: int) -> None:
+        """All epochs after those that are done."""
         states = self._states()
         layers = len(self.replay.skeleton.layers)
         self.progress.begin_layers(
@@ -113,8 +123,9 @@ class Learning:
                 for index in range(layers):
                     self._layer(epoch, index, states[index], states[index + 1])
                 self._save(epoch + 1)
-        found = {name: moving.matrix.float() for name, moving in self._moving.items()}
-        return found.pop(""), found
+        for kept in states:
+            for file in kept.files:
+                file.unlink(missing_ok=True)
 
     def _begin(self, stream: Tensor, heads: Mapping[str, Tensor]) -> None:
         self._moving = {"": _Moving.at(stream)} | {k: _Moving.at(m) for k, m in heads.items()}
@@ -256,6 +267,8 @@ class Learning:
                 tensors[f"{name}.{part}"] = getattr(moving, part).contiguous()
             tensors[f"{name}.steps"] = torch.tensor([moving.steps])
         tensors["epoch"] = torch.tensor([epoch])
+        for name, moving in self._moving.items():  # for those who read the matrices alone
+            tensors[f"{self._stored_name(name)}.learned"] = moving.matrix.float().contiguous()
         specs = [
             TensorSpec(name, safetensors_dtype(t.dtype), tuple(t.shape)) for name, t in tensors.items()
         ]
@@ -267,6 +280,13 @@ class Learning:
         except BaseException:
             writer.abandon()
             raise
+
+    def _stored_name(self, values: str) -> str:
+        """What the matrices of a pair are called in the file: its stored module of values."""
+        for pair, heads in zip(self.traced.pairs, self.traced.places.heads, strict=True):
+            if pair.values == values:
+                return heads.values
+        return _STREAM
 
     def _load(self) -> int:
         """Take what an interrupted run has left; the epochs that are done."""
@@ -286,8 +306,59 @@ class Learning:
             return 0
         if any(found[name].matrix.shape != old.matrix.shape for name, old in self._moving.items()):
             return 0
+        if epoch > self.schedule.epochs:
+            return 0
         self._moving = found
         return epoch
 
 
 _FILE = "rotation.safetensors"
+_STREAM = "stream"
+
+
+def stream_of(checkpoint: Checkpoint, traced: Traced) -> tuple[Tensor, dict[str, Tensor]]:
+    """The matrices of a rotated checkpoint, as `Learning.run` takes them."""
+    table = checkpoint.tensors[traced.places.embeddings[0]]
+    assert isinstance(table, Rotated)
+    assert table.right is not None
+    heads = {}
+    for pair, places in zip(traced.pairs, traced.places.heads, strict=True):
+        values = checkpoint.tensors[f"{places.values}.weight"]
+        if isinstance(values, Rotated) and values.left is not None:
+            heads[pair.values] = matrix_of(values.left)
+    return matrix_of(table.right), heads
+
+
+def learned_matrices(checkpoint: Checkpoint, folder: Path) -> dict[Orthogonal, Orthogonal]:
+    """The learned matrix for each one that a rotated checkpoint has, from a calibration's folder.
+
+    InputError if one is missing or has another size.
+    """
+    try:
+        stored = {tensor.spec.name: tensor for tensor in read_header(folder / _FILE)[0]}
+    except QuantError as error:
+        raise _missing(folder) from error
+    turned = {n: t for n, t in checkpoint.tensors.items() if isinstance(t, Rotated)}
+    owners: dict[Orthogonal, str] = {}
+    for name, tensor in turned.items():
+        if tensor.heads is not None and tensor.left is not None:
+            owners[tensor.left] = name.removesuffix(".weight")
+    found: dict[Orthogonal, Orthogonal] = {}
+    for tensor in turned.values():
+        for matrix in (tensor.right, tensor.left):
+            if matrix is None or matrix in found:
+                continue
+            own = owners.get(matrix, _STREAM)
+            learned = stored.get(f"{own}.learned")
+            if learned is None or learned.spec.shape != (matrix.size, matrix.size):
+                raise _missing(folder)
+            found[matrix] = Dense(learned, f"a learned matrix of {matrix.size}")
+    return found
+
+
+def _missing(folder: Path) -> InputError:
+    return InputError(
+        "the calibration has no learned rotation of this model",
+        where=str(folder / _FILE),
+        fix="calibrate again, in another folder",
+    )

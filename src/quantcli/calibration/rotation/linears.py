@@ -19,7 +19,7 @@ _ROUNDING = Int4()
 class Basis:
     """Orthogonal matrices of a layer, with gradients if they are learned.
 
-    stream: [h, h]. heads: [kv heads, d, d] by the parameter of an attention's values.
+    stream: [h, h]. heads: [d, d], for all kv heads, by the parameter of an attention's values.
     """
 
     stream: Tensor
@@ -80,7 +80,7 @@ class RotatedLinears:
         """R^T of each kv head times its rows of the weight of values [n, k]."""
         rows = self._rows(pair)
         heads = weight[rows].view(len(pair.rows), pair.head_dim, -1)
-        turned = torch.bmm(self.basis.heads[pair.values].mT, heads)
+        turned = self.basis.heads[pair.values].mT @ heads
         return weight.index_copy(0, rows, turned.reshape(len(rows), -1))
 
     def _turned_back(self, pair: HeadPair, y: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class RotatedLinears:
         return y.index_copy(-1, rows, turned.flatten(-3))
 
     def _by_heads(self, pair: HeadPair, x: Tensor) -> Tensor:
-        """Each head's part of [..., heads x d] times the R of its kv head."""
+        """Each head's part of [..., heads x d] times R."""
         share = pair.heads // len(pair.rows)
         heads = x.reshape(*x.shape[:-1], len(pair.rows), share, pair.head_dim)
         turned: Tensor = (heads @ self.basis.heads[pair.values]).flatten(-3)

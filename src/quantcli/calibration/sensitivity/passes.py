@@ -13,6 +13,7 @@ whole recipes. One pass backward measures any number of schemes.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.checkpoint.tensors import read_tensor
-from quantcli.core.errors import InputError
+from quantcli.core.errors import InputError, MachineError
 from quantcli.core.events import Progress
 
 _CPU = torch.device("cpu")
@@ -78,10 +79,22 @@ class FloatModel:
 
         def writer(specs: Sequence[TensorSpec]) -> StatesWriter:
             self._specs = list(specs)
+            self._check_space()
             return self._writer(states_file(0))
 
         self._gradients: States | None = None
         self._inputs = [note_stack(self._replay, None, writer)]
+
+    def _check_space(self) -> None:
+        """MachineError if the disk has no room for hidden states of all layers and two gradients."""
+        needed = (self.layers + 3) * sum(spec.nbytes for spec in self._specs)
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise MachineError(
+                f"disk is too full for hidden states: needs {needed:,} bytes, {free:,} are free",
+                where=str(self._folder),
+                fix="free some space, or take fewer or shorter samples",
+            )
 
     @property
     def layers(self) -> int:

@@ -29,16 +29,19 @@ class Rotation:
     residual: of the residual stream; None: it stays as it is.
     heads:    of the values of a pair, by its stored module of values.
     seed:     of the signs, as in the recipe; for people.
+    learning: how the matrices are to be learned from these on, as text; empty if they are not.
     """
 
     residual: Orthogonal | None
     heads: Mapping[str, Orthogonal] = field(default_factory=dict)
     seed: int = 0
+    learning: str = ""
 
     @property
     def digest(self) -> str:
         """sha256 of all matrices."""
-        digest = hashlib.sha256((self.residual.digest if self.residual else "").encode())
+        first = self.residual.digest if self.residual else ""
+        digest = hashlib.sha256(f"{first}{self.learning}".encode())
         for module, each in sorted(self.heads.items()):
             digest.update(f"\n{module}\0{each.digest}".encode())
         return digest.hexdigest()
@@ -132,6 +135,7 @@ class _Names:
             "norms": len(places.norms) if rotation.residual is not None else 0,
             "pairs": len(rotation.heads),
             "untied_bytes": self._untied,
+            "learning": rotation.learning or None,
         }
         return replace(
             checkpoint,
@@ -166,7 +170,7 @@ class _Names:
             right=matrix,
         )
         self._untied = nbytes
-        self._config = _untied(self._checkpoint)
+        self._config = untied_config(self._checkpoint)
 
     def _change(self, name: str, axis: int, **how: Any) -> None:
         """Rotate the axis of a stored tensor that is as wide as the stream."""
@@ -204,7 +208,35 @@ class _Names:
         )
 
 
-def _untied(checkpoint: Checkpoint) -> Settings:
+def with_matrices(checkpoint: Checkpoint, matrices: Mapping[Orthogonal, Orthogonal]) -> Checkpoint:
+    """A rotated checkpoint with other matrices in the places of its own, each of which has one."""
+    digest = hashlib.sha256("\n".join(each.digest for each in matrices.values()).encode()).hexdigest()
+    kind = f"rotated ({digest[:16]})"
+    tensors: dict[str, StoredTensor] = {}
+    for name, stored in checkpoint.tensors.items():
+        if isinstance(stored, Rotated):
+            right = None if stored.right is None else matrices[stored.right]
+            left = None if stored.left is None else matrices[stored.left]
+            stored = replace(stored, right=right, left=left, kind=kind)
+        elif isinstance(stored, Constant):
+            stored = replace(stored, kind=kind)
+        tensors[name] = stored
+    assert checkpoint.rotation is not None
+    summary = {**checkpoint.rotation, "digest": digest}
+    notes = [n for n in checkpoint.notes if n != sentence(checkpoint.rotation)] + [sentence(summary)]
+    return replace(checkpoint, tensors=tensors, rotation=summary, notes=notes)
+
+
+def unrotated(checkpoint: Checkpoint) -> Checkpoint:
+    """A rotated checkpoint in the basis of its source; a head that was given a tensor keeps it."""
+    tensors = {
+        name: stored.source if isinstance(stored, Rotated | Constant) else stored
+        for name, stored in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors, rotation=None)
+
+
+def untied_config(checkpoint: Checkpoint) -> Settings:
     """config.json that says that the head has a tensor of its own."""
     table = checkpoint.config.plain()
     levels = [level for level in (table, table.get(TEXT)) if isinstance(level, dict)]
@@ -222,6 +254,8 @@ def sentence(summary: Mapping[str, Any]) -> str:
     if summary["residual"]:
         norms = count(summary["norms"], "norm")
         parts.append(f"residual stream by {summary['residual']}, {norms} folded into what reads them")
+    if summary.get("learning"):
+        parts = [f"{part}, from where it is learned ({summary['learning']})" for part in parts]
     if summary["heads"]:
         pairs = count(summary["pairs"], "attention")
         parts.append(f"values of heads in {pairs} by {summary['heads']}")

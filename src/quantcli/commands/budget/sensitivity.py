@@ -83,9 +83,10 @@ def sensitivity(
     from quantcli.calibration.resources import Resources
     from quantcli.commands.budget import measuring
     from quantcli.commands.budget.options import options_of, schemes_of
+    from quantcli.core.threads import default_workers
     from quantcli.planning.budget.units import units_of
 
-    resources = resources or Resources()
+    resources = resources or Resources(workers=default_workers())
     written = opened.written
     variants = options_of(written, schemes_of(written), opened.checkpoint)
     source = measuring.source_of(variants[0].plan)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantcli.commands.job import default_name, open_both
 from quantcli.core.disk import write_file
@@ -22,6 +22,7 @@ from quantcli.recipe.written import BUDGET, GivenRecipe, WrittenRecipe, name_of,
 if TYPE_CHECKING:
     from quantcli.calibration.resources import Resources
     from quantcli.calibration.sensitivity.passes import Errors, FloatModel
+    from quantcli.calibration.text.examples import Examples
     from quantcli.checkpoint.checkpoint import Checkpoint
     from quantcli.commands.budget.measuring import Text
     from quantcli.planning.budget.units import Units
@@ -44,9 +45,44 @@ class Spent:
     report: dict[str, Any]
 
 
-def has_budget(recipe: GivenRecipe, overrides: tuple[str, ...] = ()) -> bool:
-    """Whether a recipe has a budget. InputError for a recipe that cannot be read."""
-    return read_recipe(recipe, overrides).file.budget is not None
+class Request(NamedTuple):
+    """A recipe, what it is applied to, and the place of the result."""
+
+    recipe: GivenRecipe
+    overrides: tuple[str, ...]
+    model: str | Checkpoint | None
+    out: str | Path | None
+
+
+def without_budget(
+    request: Request,
+    *,
+    resources: Resources,
+    calibration: Path | None,
+    progress: Progress,
+    examples: Examples | None = None,
+) -> Request:
+    """The request as it was given, if its recipe has no budget; else with the one that `spend` writes.
+
+    examples: data in place of a text. InputError as `spend` raises it, and for a model in memory or
+    such data, which the recipe that is written could not name.
+    """
+    recipe, overrides, model, out = request
+    if read_recipe(recipe, overrides).file.budget is None:
+        return request
+    if examples is not None or not isinstance(model, str | None):
+        what = "a budget is spent on a model and a text that are files"
+        raise InputError(what, where=name_of(recipe), fix="save the model; name the text as `data`")
+    spent = spend(
+        recipe,
+        model=model,
+        out=None if out is None else str(out),
+        overrides=overrides,
+        resources=resources,
+        calibration=calibration,
+        progress=progress,
+    )
+    return Request(spent.recipe, (), spent.model, spent.out)
 
 
 def spend(
@@ -118,6 +154,14 @@ def _limit(written: WrittenRecipe, units: Units) -> float | None:
     return None
 
 
+def _sizes(written: WrittenRecipe, units: Units) -> list[tuple[int | None, ...]]:
+    """What a limit counts of each unit and option: for `output_gib` bytes on disk, else packed."""
+    budget = written.file.budget
+    assert budget is not None
+    on_disk = budget.output_gib is not None
+    return [unit.nbytes if on_disk else unit.packed for unit in units.units]
+
+
 def _check_possible(written: WrittenRecipe, units: Units) -> None:
     """InputError for a budget of bytes that not even the smallest schemes keep."""
     if not units.units:
@@ -127,7 +171,8 @@ def _check_possible(written: WrittenRecipe, units: Units) -> None:
             fix="name other schemes in the budget, or other modules in its rules",
         )
     limit = _limit(written, units)
-    least = sum(min(nbytes for nbytes in unit.nbytes if nbytes is not None) for unit in units.units)
+    sizes = _sizes(written, units)
+    least = sum(min(nbytes for nbytes in own if nbytes is not None) for own in sizes)
     if limit is None or least <= limit:
         return
     budget = written.file.budget
@@ -169,11 +214,12 @@ class _Spending:
         ]
         unseen = [u.name for u in units.units if not any(module in errors for module in u.modules)]
         # the most bytes that they may take: nothing says how much less would cost
-        self._nbytes = [
-            tuple(n if o in {kept, _largest(unit.nbytes)} else None for o, n in enumerate(unit.nbytes))
+        self._sizes = _sizes(written, units)
+        self._allowed = [
+            tuple(n if o in {kept, _largest(own)} else None for o, n in enumerate(own))
             if unit.name in unseen
-            else unit.nbytes
-            for unit in units.units
+            else own
+            for unit, own in zip(units.units, self._sizes, strict=True)
         ]
         if unseen:
             progress.say(
@@ -190,7 +236,7 @@ class _Spending:
         if limit is None:
             assert budget.max_ppl_ratio is not None
             return self._by_perplexity(budget.max_ppl_ratio)
-        choice = self._allocated(self._nbytes, limit)
+        choice = self._allocated(self._allowed, limit)
         rivals = self._rivals(limit)
         return self._report(*self._confirmed([choice, *rivals]))
 
@@ -199,14 +245,19 @@ class _Spending:
 
         choice = allocate(self._errors, nbytes, limit)
         if choice is None:  # what no token reached may not be small
-            choice = allocate(self._errors, [unit.nbytes for unit in self._units.units], limit)
+            choice = allocate(self._errors, self._sizes, limit)
         assert choice is not None
         return choice
 
     def _rivals(self, limit: float) -> list[list[int]]:
         """Each option for all units, if it keeps the limit; the best may be the answer."""
         uniform = filter(None, map(self._units.uniform, range(len(self._units.options))))
-        return [choice for choice in uniform if self._units.nbytes(choice) <= limit]
+        return [choice for choice in uniform if self._size(choice) <= limit]
+
+    def _size(self, choice: Sequence[int]) -> int:
+        """What a limit counts of a choice."""
+        sizes = (own[option] or 0 for own, option in zip(self._sizes, choice, strict=True))
+        return sum(sizes)
 
     def _predicted(self, choice: Sequence[int]) -> float:
         return math.fsum(self._errors[unit][option] for unit, option in enumerate(choice))
@@ -217,7 +268,7 @@ class _Spending:
 
         allowed = math.log(most)
         for _ in range(_TRIES):
-            choice = allocate(self._nbytes, self._errors, allowed)
+            choice = allocate(self._allowed, self._errors, allowed)
             assert choice is not None  # floats have no error
             chosen, figures = self._confirmed([choice])
             ratio = figures[0]["ppl_ratio"]
@@ -300,6 +351,11 @@ class _Spending:
         return {
             "choice": choice,
             "options": [option.name for option in options],
+            "uniform_bits": {
+                option.name: round(units.bits(same), 6)
+                for place, option in enumerate(options)
+                if (same := units.uniform(place)) is not None
+            },
             "on_text": self._text is not None,
             "bits": round(units.bits(choice), 6),
             "bytes": units.nbytes(choice),
@@ -323,14 +379,13 @@ class _Spending:
 
     def _curve(self) -> list[dict[str, float]]:
         """Bits and predicted errors of the best choices, from the smallest to float."""
-        all_nbytes = [unit.nbytes for unit in self._units.units]
-        ends = [[n for n in nbytes if n is not None] for nbytes in all_nbytes]
+        ends = [[n for n in own if n is not None] for own in self._sizes]
         least, most = sum(map(min, ends)), sum(map(max, ends))
         points = []
         for step in range(_POINTS):
             # closer together where bytes are few: that is where errors are
             limit = least + (most - least) * (step / (_POINTS - 1)) ** 2
-            choice = self._allocated(all_nbytes, limit)
+            choice = self._allocated(self._sizes, limit)
             bits, error = self._units.bits(choice), self._predicted(choice)
             points.append({"bits": round(bits, 6), "predicted": error})
         return points

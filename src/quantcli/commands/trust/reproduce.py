@@ -223,7 +223,7 @@ def _plan(attempt: Attempt, resources: Resources, progress: Progress) -> Work:
     """The plan by which the checkpoint was made, with statistics if it needs them."""
     if "state" in attempt.manifest:
         return _repacking(attempt)
-    from quantcli.calibration.rotation.basis import in_basis
+    from quantcli.calibration.rotation.basis import in_basis, learned_basis
     from quantcli.planning.planner import make_plan
 
     recipe = _recipe(attempt)
@@ -232,7 +232,7 @@ def _plan(attempt: Attempt, resources: Resources, progress: Progress) -> Work:
     wish = attempt.wish
     if plan.needs_calibration:
         measured = _measured(attempt, plan, resources, progress)
-        return make_plan(recipe, checkpoint, measured)
+        return make_plan(recipe, learned_basis(plan, measured.folder), measured)
     for option, value in (("--calibration", wish.calibration), ("--data", wish.data)):
         if value is not None:
             what = "nothing in the checkpoint's recipe needs a calibration"

@@ -33,19 +33,30 @@ class Option:
         items = quantized_items(self.plan) if self.scheme is not None else []
         return {item.module: item for item in items if item.module in self.modules}
 
+    def unpacked(self, module: str) -> int:
+        """Bytes that the codes of a module take beyond the bits of their type."""
+        item = self.items.get(module)
+        if item is None:
+            return 0
+        bits, shape = item.scheme.numerics.weight.element.bits, item.source.spec.shape
+        specs = (out.spec for out in item.outputs if out.spec.shape == shape)
+        return sum(max(0, spec.nbytes - spec.numel * bits // 8) for spec in specs)
+
 
 @dataclass(frozen=True)
 class Unit:
     """Modules that must have one scheme.
 
     weights: their number of weights. nbytes: of all their tensors, for each option; None if it cannot
-    be taken.
+    be taken. packed: the same if codes take the bits of their type, as engines hold them: some formats
+    store int4 in bytes.
     """
 
     name: str
     modules: tuple[str, ...]
     weights: int
     nbytes: tuple[int | None, ...]
+    packed: tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,9 @@ class Units:
         return sum(unit.nbytes[place] or 0 for unit, place in zip(self.units, choice, strict=True))
 
     def bits(self, choice: Sequence[int]) -> float:
-        """Bits for each weight of the units."""
-        return 8 * self.nbytes(choice) / self.weights
+        """Bits for each weight of the units, codes packed."""
+        packed = (unit.packed[place] or 0 for unit, place in zip(self.units, choice, strict=True))
+        return 8 * sum(packed) / self.weights
 
     def uniform(self, option: int) -> list[int] | None:
         """The choice of one option for all units; None if some cannot take it."""
@@ -112,7 +124,11 @@ def units_of(options: Sequence[Option]) -> Units:
             for option, of_module in zip(options, sizes, strict=True)
         ]
         weights = sum(checkpoint.tensors[f"{member}.weight"].spec.numel for member in members)
-        units.append(Unit(name, tuple(members), weights, tuple(nbytes)))
+        packed = [
+            None if n is None else n - sum(map(option.unpacked, members))
+            for option, n in zip(options, nbytes, strict=True)
+        ]
+        units.append(Unit(name, tuple(members), weights, tuple(nbytes), tuple(packed)))
     fixed = options[0].plan.weight_nbytes - sum(sizes[0][module] for module in modules)
     return Units(tuple(options), tuple(units), fixed)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quantcli.calibration.rotation.basis import in_basis
+from quantcli.calibration.rotation.basis import in_basis, learned_basis
 from quantcli.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from quantcli.checkpoint.files import MANIFEST, RECIPE_FILE, SOURCE_RECIPE
 from quantcli.checkpoint.header import StoredTensor
@@ -117,9 +117,14 @@ def _conversion(
             )
         from quantcli.calibration.session import load_for
 
-        plans = [make_plan(recipe, checkpoint, found) for found in load_for(plan, calibration)]
+        plans = [
+            make_plan(recipe, learned_basis(plan, found.folder), found)
+            for found in load_for(plan, calibration)
+        ]
         digest = (structure.manifest or {}).get("plan")  # tells which text it was
         return next((plan for plan in plans if plan.digest == digest), plans[0]), True
+    if plan.recipe.file.learns_rotation:
+        raise _Unusable(f"the rotation was learned: {GIVE_CALIBRATION}")
     if plan.measured and packed:
         raise _Unusable(f"packing changes how ranges of inputs are stored: {GIVE_CALIBRATION}")
     if plan.measured:

@@ -13,6 +13,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.rotation import places as of_rotation
 from quantcli.checkpoint.rotation.places import Places
+from quantcli.checkpoint.rotation.rotation import untied_config
 from quantcli.checkpoint.spec import FLOATS, TensorSpec
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.core.errors import InputError
@@ -77,7 +78,7 @@ class RotatedSource:
         for heads in places.heads:
             self._turn_heads(heads, tensors)
         self.count = sum(isinstance(tensor, Turned | Constant) for tensor in tensors.values())
-        self.reference = Reference(replace(reference.checkpoint, tensors=tensors))
+        self.reference = Reference(replace(self.reference.checkpoint, tensors=tensors))
 
     @property
     def _embedding(self) -> str:
@@ -120,7 +121,11 @@ class RotatedSource:
         }
         for name, norm in places.readers.items():
             gamma = None if norm is None else gammas[norm.name]
-            tensors[name] = _turned(self._tensors[name], gamma=gamma, right=stream)
+            if name in self._tensors:
+                tensors[name] = _turned(self._tensors[name], gamma=gamma, right=stream)
+            else:  # a tied head
+                table = self._tensors[places.embeddings[0]]
+                self._untie(name, _turned(table, gamma=gamma, right=stream), tensors)
         for name in places.writers:
             tensors[name] = replace(_turned(tensors[name]), left=stream)
         for name in (*places.embeddings, *places.biases):
@@ -130,34 +135,15 @@ class RotatedSource:
             spec = _as_float(stored.spec)
             value = 1.0 - norm.offset
             tensors[norm.name] = Constant(spec, stored.file, stored.offset, value=value)
-        if places.tied:
-            self._untie(places, stream, gammas, tensors)
 
-    def _untie(
-        self,
-        places: Places,
-        stream: Tensor,
-        gammas: dict[str, Tensor],
-        tensors: dict[str, StoredTensor],
-    ) -> None:
+    def _untie(self, name: str, turned: Turned, tensors: dict[str, StoredTensor]) -> None:
         """The head that was written since the embedding no longer serves in its place."""
-        table = self._tensors[places.embeddings[0]]
-        name = next(
-            (
-                name
-                for name, stored in self._ours.checkpoint.tensors.items()
-                if name not in self._tensors and stored.spec.shape == table.spec.shape
-            ),
-            None,
-        )
-        if name is None:
-            self._fail("is the head as well, which needs a tensor of its own", table.spec.name)
+        if name not in self._ours.checkpoint.tensors:
+            self._fail("is the head as well, which needs a tensor of its own", turned.spec.name)
             return
-        folded = {norm.name for norm in places.readers.values() if norm is not None}
-        last = next((norm for norm in places.norms if norm.name not in folded), None)
-        gamma = None if last is None else gammas[last.name]
-        turned = _turned(table, gamma=gamma, right=stream)
         tensors[name] = replace(turned, spec=replace(turned.spec, name=name))
+        checkpoint = self.reference.checkpoint
+        self.reference = Reference(replace(checkpoint, config=untied_config(checkpoint)))
 
     def _turn_heads(self, heads: of_rotation.Heads, tensors: dict[str, StoredTensor]) -> None:
         """Values and output projection with the matrices of their heads, if they have some."""

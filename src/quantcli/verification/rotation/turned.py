@@ -14,6 +14,7 @@ from quantcli.core.threads import one_thread
 
 _BAND = 2**21  # elements of rows of R^T W that are computed together
 _ROWS = 256
+ROTATED = "rotated"  # the kind of these tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class Turned(StoredTensor):
     @property
     def kind(self) -> str:
         """That it is not stored as it is read."""
-        return "rotated"
+        return ROTATED
 
     @contextmanager
     def open(self) -> Iterator[Rows]:
@@ -146,7 +147,7 @@ class Constant(StoredTensor):
     @property
     def kind(self) -> str:
         """That it is not stored as it is read."""
-        return "rotated"
+        return ROTATED
 
     @contextmanager
     def open(self) -> Iterator[Rows]:
