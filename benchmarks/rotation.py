@@ -3,9 +3,9 @@
     python benchmarks/rotation.py [--model DIR] [--text FILE] [--samples N] [--speed]
 
 Every checkpoint is made without data and run by the engine's arithmetic, as `quantcli verify --run` has
-it, on windows of 256 tokens; the float one in float32, with its weights in bfloat16. `gap closed` is the
-share of the perplexity that plain int4 loses and the row does not. --speed measures how fast one weight
-[4096, 14336] is rotated from each side instead.
+it, on windows of 256 tokens; the float one in float32, with its weights in bfloat16. `gap closed` is
+the share of the perplexity that plain int4 loses and the row does not. --speed measures how fast one
+weight [4096, 14336] is rotated from each side instead.
 """
 
 from __future__ import annotations
