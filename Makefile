@@ -139,7 +139,7 @@ bench: $(READY) ## run every benchmark of quantcli alone (about an hour, 10 GB o
 		echo "== $$script" && $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 bench-peers: $(READY) ## convert next to other producers (the first time 4 GB of downloads)
-	@$(BIN)/python benchmarks/against_peers.py
+	@$(BIN)/python benchmarks/against_peers.py && $(BIN)/python benchmarks/peers_by_data.py
 
 bench-arm64: $(READY) ## the same bytes on an emulated aarch64 (as root; needs qemu-user-static, debootstrap)
 	@$(BIN)/python benchmarks/arm64.py

@@ -39,6 +39,8 @@ INT4_LINEARS = Subject(
 # recipes that need a text, and those that do the same without
 SIBLINGS = {
     "w4a16_gptq": Subject("vllm_w4a16"),
+    "w4a16_awq": Subject("vllm_w4a16"),
+    "w4a16_awq_gptq": Subject("vllm_w4a16"),
     "w8a8_dynamic_smooth": Subject("w8a8_dynamic"),
     "vllm_int8_dynamic_smooth": Subject("vllm_int8_dynamic"),
     "fp8_dynamic_clip": Subject("fp8_dynamic"),
@@ -73,7 +75,7 @@ OPTIONS = [
         "vllm_w4a16",
     ),
 ]
-G64 = {"vllm_w4a16", "w4a16_gptq", "gptq_int4"}  # SmolLM2 has no groups of 128
+G64 = {"vllm_w4a16", "w4a16_gptq", "w4a16_awq", "w4a16_awq_gptq"}  # SmolLM2 has no groups of 128
 
 
 @dataclass(frozen=True)

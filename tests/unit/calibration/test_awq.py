@@ -65,7 +65,7 @@ def outputs(run, index, layer_run=None):
 
 
 @pytest.mark.parametrize(
-    "methods", [[Awq(ratios=4)], [Smoothing(), Awq(ratios=4)]], ids=["alone", "smoothed"]
+    "methods", [[Awq(ratios=4)], [Smoothing(within=1), Awq(ratios=4)]], ids=["alone", "smoothed"]
 )
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "deepseek_v3"])
 def test_the_function_stays(tmp_path, family, methods):

@@ -7,14 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from quantcli.calibration.channels import LayerLayout, norm_offset, scale_norm
+from quantcli.calibration.channels import (
+    ChannelReader,
+    LayerLayout,
+    Producer,
+    norm_offset,
+    scale_norm,
+)
 from quantcli.calibration.flow import Flow, norms_followed
 from quantcli.calibration.layer import LayerRun
 from quantcli.calibration.loaded import CalibrationRun, LoadedLayer
-from quantcli.calibration.methods.smoothing import Smoothing
+from quantcli.calibration.methods.smoothing import Smoothing, scales
 from quantcli.calibration.policy import Policy, Quantized
 from quantcli.calibration.replay.skeleton import Segment
-from quantcli.calibration.replay.taps import Matrices, Tap
+from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
 from quantcli.planning.siblings import Siblings
@@ -65,7 +71,7 @@ def everything(run, index):
     names = {s.module for e in skeleton.segments(index).values() for p in e for s in p}
     entry = Quantized(W8A8Dynamic(), torch.bfloat16, torch.bfloat16, "here")
     policy = Policy(dict.fromkeys(names, entry), Siblings({}), "error", "float")
-    return CalibrationRun(run.replay, policy, [Smoothing()])
+    return CalibrationRun(run.replay, policy, [Smoothing(within=1)])
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "multimodal"])
@@ -314,6 +320,22 @@ def test_results_of_single_experts_are_taken(tmp_path):
     assert float(alone.abs().mean()) > 0.001
     torch.testing.assert_close(same, alone, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(thrice, 3 * alone, rtol=1e-3, atol=1e-5)
+
+
+def test_channels_near_the_median_are_left_alone():
+    """rms(x) is 3 in all channels but three, weights are 1: s = sqrt(rms / 3) over the median."""
+    matrix = Matrix("m.weight")
+    square = torch.full((9,), 9.0)
+    square[:3] = torch.tensor([9 * 3.0**2, 9 * 100.0**2, 9 / 100.0**2])
+    producer = Producer((ChannelReader(matrix, torch.arange(9)),), torch.ones(9, dtype=torch.bool), "n")
+    given = producer, {matrix: square}, {matrix: torch.ones(4, 9)}, 0.5
+    found = scales(*given, 2.0, powers=False).tolist()
+    assert found[1:3] == [pytest.approx(10, rel=2**-8), pytest.approx(0.1, rel=2**-8)]
+    assert found[0] == 1
+    assert found[3:] == [1] * 6
+    every = scales(*given, 1.0, powers=False)
+    assert every[3].item() == pytest.approx(3**0.5, rel=2**-8)
+    assert every[0].item() == pytest.approx(3, rel=2**-8)
 
 
 def test_reports_are_json(tmp_path):

@@ -5,6 +5,11 @@ s, and the columns that read it are multiplied. Xiao et al. 2023 take max|x|, wh
 decides; with the root of the mean square, int8 has two thirds of the KL divergence on a pretrained
 model (`benchmarks/pretrained.py`).
 
+Only outliers are moved. Which of the other channels are a little larger than the rest depends on the
+text: smoothing them helps on the text of the calibration and hurts on others
+(`benchmarks/generalisation.py`). So s is taken over the median of a group's channels, and is 1 for all
+that are within a factor of it.
+
 A norm's weight is divided and rounded first; what it then divides by is what the columns of its readers
 are multiplied with, in float32. If a matrix that stays float reads it too, scales are powers of two,
 which round nothing; so are those of rows of a matrix, which verification finds again in quantized rows.
@@ -61,11 +66,13 @@ def scales(
     square: Mapping[Matrix, Tensor],
     weights: Mapping[Matrix, Tensor],
     alpha: float,
+    within: float,
     *,
     powers: bool,
 ) -> Tensor:
     """The scale of each channel, float32 [channels]; 1 without tokens.
 
+    within: the factor around the median within which channels are left alone.
     square: the mean of x^2 of each column of a reader's input. weights: a reader's matrix [n, k].
     powers: only powers of two; else numbers of bfloat16, in which the last bits of a power are lost.
     """
@@ -79,6 +86,9 @@ def scales(
         largest = min(largest, torch.finfo(weights[reader.matrix].dtype).max)
     exponent = alpha / 2 * seen.double().log2() - (1 - alpha) * weight.double().log2()
     sound = (seen > 0) & (weight > 0) & producer.used
+    if within > 1 and bool(sound.any()):
+        exponent -= exponent[sound].median()
+        exponent = torch.where(exponent.abs() > math.log2(within), exponent, 0.0)
     return as_scales(torch.where(sound, exponent, 0.0), weight, largest, powers=powers)
 
 
@@ -92,6 +102,11 @@ class Smoothing(Method):
     by_schemes: ClassVar[bool] = False
 
     alpha: Annotated[float, Field(ge=0, le=1)] = Field(0.5, description="0 to 1, for all groups")
+    within: Annotated[float, Field(ge=1)] = Field(
+        2.0,
+        description="channels whose scale is within this factor of their group's median stay as they "
+        "are: they are not outliers; 1: all are scaled",
+    )
     rules: list[SmoothRule] = Field([], description="first match wins over `alpha`")
 
     @property
@@ -144,7 +159,7 @@ class Smoothing(Method):
         weights = {matrix: layer.weight(matrix) for matrix in widths}
         for producer, alpha in candidates:
             powers = producer.norm is None or layout.rounded_again(producer, policy.quantized)
-            scale = scales(producer, square, weights, alpha, powers=powers)
+            scale = scales(producer, square, weights, alpha, self.within, powers=powers)
             scale = layer.divide(producer, scale, work.edits)
             if bool((scale == 1).all()):
                 continue

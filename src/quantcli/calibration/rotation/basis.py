@@ -12,7 +12,7 @@ from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
-from quantcli.planning.plan import Plan
+from quantcli.planning.plan import Plan, quantized_items
 from quantcli.recipe.recipe import Recipe
 
 
@@ -94,6 +94,10 @@ def learn(
     replay = Replay(skeleton, batches, device=device, workers=workers)
     replay.report_to(progress, 0)
     schedule = Schedule(block.learn.epochs, block.learn.rate)
-    learning = Learning(replay, traced, schedule, folder, progress)
+    rounded = {item.module for item in quantized_items(plan) if not item.scheme.numerics.transform}
+    unrounded = frozenset(
+        name.removesuffix(".weight") for name in source.tensors if name.endswith(".weight")
+    ).difference(rounded)
+    learning = Learning(replay, traced, schedule, folder, progress, unrounded=unrounded)
     stream, heads = stream_of(plan.checkpoint, traced)
     learning.run(stream, heads)

@@ -93,6 +93,9 @@ class Learning:
     folder: Path
     progress: Progress
     budget: int = 0
+    unrounded: frozenset[str] = (
+        frozenset()
+    )  # modules that stay float, or whose inputs the engine rotates
     _moving: dict[str, _Moving] = field(default_factory=dict)  # "" is the stream's
 
     def run(self, stream: Tensor, heads: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -227,6 +230,7 @@ class Learning:
             parameter
             for parameter, experts in self.replay.skeleton.segments(index).items()
             if roles.get(experts[0][0].module, "other") not in _FLOAT
+            and experts[0][0].module not in self.unrounded
         }
 
     def _step(
