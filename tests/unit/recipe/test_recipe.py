@@ -70,6 +70,7 @@ rotate:
     rate: 0.02
 smooth:
   alpha: 0.6
+  within: 1.5
   rules:
   - match: "*.o_proj"
     skip: true
