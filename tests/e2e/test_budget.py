@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -109,6 +110,7 @@ def test_a_limit_of_perplexity(bench: Bench) -> None:
         (("w8a16]", "w4a4_dynamic]"), "w4a4_dynamic"),
         (("w8a16]", "w9]"), "unknown scheme `w9`"),
         (("calibration:", "smooth: {}\ncalibration:"), "`smooth` changes weights"),
+        (("calibration:", "rotate: {learn: {}}\ncalibration:"), "a rotation is learned for the schemes"),
         (("samples: 40", "samples: 1"), "too few to measure on"),
     ],
 )
@@ -121,6 +123,20 @@ def test_what_cannot_be(bench: Bench, change: tuple[str, str], message: str) -> 
     assert done.code == 2
     assert message in done.err
     assert not bench.root.joinpath("out.recipe.yaml").exists()
+
+
+def test_a_rotation_is_measured_and_written(bench: Bench) -> None:
+    """Errors are those of rotated weights, and the recipe that is written rotates them."""
+    text = RECIPE.replace("calibration: {data: text.txt, samples: 40, length: 64, dtype: float32}\n", "")
+    predicted = []
+    for rotate in ("", "rotate: {untie: true}\n"):
+        bench.edit_recipe(rotate + text)
+        done = bench.run("--json", "--force", "--fresh")
+        assert done.code == 0, done.err
+        predicted.append([line for line in done.err.splitlines() if "predicted error" in line])
+    assert predicted[0] != predicted[1]
+    assert written(bench)["rotate"]["untie"] is True
+    assert json.loads((bench.out / "quantcli_manifest.json").read_text())["rotation"]["residual"]
 
 
 def test_other_commands_do_not_spend(bench: Bench) -> None:

@@ -105,6 +105,7 @@ def quantize(
                 resources.executor,
                 signer,
                 hash_model,
+                trust_remote_code,
             ),
             progress=planning,
         )

@@ -217,6 +217,7 @@ def _plan(
             parse_executor(options["executor"]),
             signer_of(options["sign"]),
             options["hash_model"],
+            options["trust_remote_code"],
         ),
         examples=given.examples,
         progress=given.progress,
@@ -280,7 +281,7 @@ def calibrate(
         model=given.model,
         out=path_of(out),
         overrides=_changes(options),
-        fresh=options["fresh"],
+        options=JobOptions(fresh=options["fresh"], trust_remote_code=options["trust_remote_code"]),
         examples=given.examples,
         progress=progress,
     )

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quantcli.calibration.rotation.basis import in_basis
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.roles import roles_of
 from quantcli.core.errors import InputError
@@ -90,7 +91,11 @@ def name_of(scheme: Scheme | None) -> str:
 
 
 def options_of(
-    written: WrittenRecipe, schemes: Sequence[Scheme], checkpoint: Checkpoint
+    written: WrittenRecipe,
+    schemes: Sequence[Scheme],
+    checkpoint: Checkpoint,
+    *,
+    trust_remote_code: bool,
 ) -> list[Option]:
     """An option for each scheme, and one for floats at last, planned without statistics.
 
@@ -100,8 +105,10 @@ def options_of(
     options: list[Option] = []
     assert written.file.budget is not None
     named = written.file.budget.schemes is not None
-    kept = make_plan(resolve(_with_rule(written, KEEP)), checkpoint)
-    _check_methods(written, kept.recipe)
+    unquantized = resolve(_with_rule(written, KEEP))
+    _check_methods(written, unquantized)
+    checkpoint = in_basis(unquantized, checkpoint, trust_remote_code=trust_remote_code)
+    kept = make_plan(unquantized, checkpoint)
     modules: set[str] = set()
     for scheme in schemes:
         recipe = resolve(_with_rule(written, as_written(scheme)))
@@ -129,6 +136,12 @@ def _selected(written: WrittenRecipe, plan: Plan) -> list[str]:
 
 
 def _check_methods(written: WrittenRecipe, recipe: Recipe) -> None:
+    if written.file.learns_rotation:
+        raise InputError(
+            "a rotation is learned for the schemes of a recipe, and a budget has yet to choose them",
+            where=written.document.where(("rotate", "learn")),
+            fix="spend the budget without `learn`, and add it to the recipe that is written",
+        )
     for named in recipe.named_methods:
         if named.method.edited_as:
             raise InputError(

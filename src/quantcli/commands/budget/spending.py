@@ -116,7 +116,8 @@ def spend(
 
     resources = resources or Resources()
     place = destination_of(named, progress)
-    options = options_of(written, schemes_of(written), opened.checkpoint)
+    trust = resources.trust_remote_code
+    options = options_of(written, schemes_of(written), opened.checkpoint, trust_remote_code=trust)
     _check_possible(written, units_of(options))
     source = source_of(options[0].plan)
     if source is None and written.file.budget and written.file.budget.max_ppl_ratio is not None:
