@@ -40,6 +40,18 @@ rules:
   - match: "*_proj"
     scheme: {{name: w4a16, group_size: 32, weight_rounding: gptq}}
 """
+LEARNED = f"""\
+target: compressed-tensors
+calibration: {{data: text.txt, samples: {SAMPLES}, length: {LENGTH}, inputs: quantized}}
+rules:
+  - match: "*.mlp.*_proj"
+    scheme: {{name: mxfp4, weight_rounding: {{name: learned, steps: 60, batch: 2, lr: 0.01}}}}
+  - match: "*_proj"
+    scheme:
+      name: w4a16
+      group_size: 32
+      weight_rounding: {{name: learned, steps: 60, batch: 2, lr: 0.01}}
+"""
 EXPERTS = """\
 target: ascend
 calibration: {data: text.txt, samples: 4, length: 16}
@@ -108,6 +120,32 @@ def test_what_was_interrupted_goes_on(make: Callable[..., Bench]) -> None:
     assert "layer 3/4" in result.err
     assert snapshot(bench.store) == snapshot(wanted.store)
     assert snapshot(bench.out) == snapshot(wanted.out)
+
+
+@pytest.mark.usefixtures("small")
+def test_learned_rounding(make: Callable[..., Bench]) -> None:
+    """Codes and scales of its own, the same for any number of workers; never worse on the samples."""
+    bench = make(LEARNED)
+    assert bench.run("--workers", 1).code == 0
+    other = bench.at("again")
+    assert other.calibrate("--workers", 3).code == 0
+    assert snapshot(other.store) == snapshot(bench.store)
+    lower = 0
+    for layer in range(LAYERS):
+        for found in report(bench, layer).values():
+            assert found["layer_error"] <= found["layer_error_before"]
+            assert "output_error" not in found
+            lower += found["layer_error"] < 0.9 * found["layer_error_before"]
+    assert lower
+    for options in (("--calibration", bench.store), ()):
+        checked = run_cli("verify", bench.out, "--against", bench.model, "--full", *options)
+        assert checked.code == 0, checked.out + checked.err
+    assert "scales that data chose were not recomputed in 28 modules" in checked.out
+
+
+def test_options_of_learning_in_one_layer(make: Callable[..., Bench]) -> None:
+    bench = make(LEARNED.replace("lr: 0.01", "lr: 0.02", 1))
+    refused(bench.calibrate(), "rounding learns with different options", "give their rules the same")
 
 
 def test_codes_are_in_the_checkpoint_with_the_scales_of_nearest(make: Callable[..., Bench]) -> None:

@@ -216,7 +216,7 @@ def once(scheme):
 
 def fitting(scheme, weight):
     """The weight, with a number of columns for which there are transforms where the scheme has them."""
-    return weight.repeat(1, 4) if scheme.schedule else weight
+    return weight.repeat(1, 4) if scheme.numerics.transform else weight
 
 
 def pairs():

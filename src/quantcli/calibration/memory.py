@@ -17,6 +17,7 @@ from quantcli.planning.plan import Plan, quantized_items
 from quantcli.schemes.base import Scheme
 
 BATCH_TOKENS = 2048  # of a batch: enough for matrices to be fast, little enough for many threads
+_LEARNED = 56  # bytes for each weight whose code learns: float32 of itself, of its state and gradient
 _COPIES = 11  # of a batch as wide as the widest matrix: measured, by width, threads and length
 
 
@@ -40,6 +41,8 @@ def of_methods(plan: Plan, workers: int) -> int:
         block = re.match(r"\D+\.\d+\.", item.module)
         name, (_, k) = block[0] if block else "", item.source.spec.shape
         layers[name].append((item.scheme, k))
+        if item.scheme.rounding_learns:
+            codes[name] += _LEARNED * item.source.spec.numel
         if item.scheme.rounded_by_data:
             codes[name] += item.source.spec.numel // item.scheme.numerics.weight.element.per_byte
     weights = [weight for own in layers.values() for weight in own]

@@ -137,7 +137,8 @@ def explain(
     return InputError(what, where=where, fix=f"{page} describes each key")
 
 
-_TAGS = {"word", "options"}  # pydantic's names for branches that a discriminator chooses from
+# pydantic's names for branches that a discriminator chooses from
+_TAGS = {"word", "options", "options of learned"}
 _MESSAGES = {  # pydantic's error types -> messages in terms of YAML
     "model_type": "expected a mapping", "dict_type": "expected a mapping",
     "list_type": "expected a list", "too_short": "must not be empty",

@@ -187,6 +187,11 @@ class Scheme(BaseModel, ABC):
         them in `weight`."""
         return False
 
+    @property
+    def rounding_learns(self) -> bool:
+        """Whether these codes then learn from the error of the layer's outputs."""
+        return False
+
     def to_round(self, rows: Tensor, constants: Stats) -> Tensor:
         """The weight that codes times scales are to be near: float32 [n, k]."""
         return rows.float()

@@ -1,7 +1,9 @@
-"""Weights whose codes may be chosen by data (GPTQ), whatever the type of codes."""
+"""Weights whose codes may be chosen by data (GPTQ, learned), whatever the type of codes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, ClassVar, Literal, Self, TypeAlias
 
 import torch
@@ -9,17 +11,16 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 from torch import Tensor
 
 from quantcli.core.numerics import Parts, Stats
-from quantcli.schemes.arithmetic import elements
+from quantcli.schemes.arithmetic import elements, rounding
 from quantcli.schemes.arithmetic.gptq import BLOCK, DAMPING
 from quantcli.schemes.base import Scheme
 
 
-class Gptq(BaseModel):
-    """The options of GPTQ. `weight_rounding: gptq` has the defaults."""
+class RoundingOptions(BaseModel):
+    """The options that all ways to choose codes share: those of GPTQ."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: Literal["gptq"]
     damping: float = Field(
         DAMPING,
         gt=0,
@@ -51,13 +52,33 @@ class Gptq(BaseModel):
     )
 
 
+class Gptq(RoundingOptions):
+    """`weight_rounding: gptq` has the defaults."""
+
+    name: Literal["gptq"]
+
+
+class Learned(RoundingOptions):
+    """Learned after GPTQ. `weight_rounding: learned` has the defaults."""
+
+    name: Literal["learned"]
+    steps: int = Field(200, ge=1, le=100_000, description="of learning, about: whole rounds of samples")
+    batch: int = Field(8, ge=1, le=1024, description="samples a step")
+    lr: float = Field(5e-3, gt=0, le=1, description="how far a step moves an offset, in codes")
+
+
 def _form(value: object) -> str:
-    return "word" if isinstance(value, str) else "options"
+    if isinstance(value, str):
+        return "word"
+    name = value.get("name") if isinstance(value, dict) else getattr(value, "name", None)
+    return "options of learned" if name == "learned" else "options"
 
 
 # the tags of the branches stand in pydantic's places of errors: see `recipe/written.py`
 WeightRounding: TypeAlias = Annotated[
-    Annotated[Literal["nearest", "gptq"], Tag("word")] | Annotated[Gptq, Tag("options")],
+    Annotated[Literal["nearest", "gptq", "learned"], Tag("word")]
+    | Annotated[Gptq, Tag("options")]
+    | Annotated[Learned, Tag("options of learned")],
     Discriminator(_form),
 ]
 
@@ -65,9 +86,9 @@ WeightRounding: TypeAlias = Annotated[
 class RoundedWeights(Scheme):
     """The option that schemes with such weights share.
 
-    With `gptq`, codes are chosen while the model is calibrated, against the very scales that `quantize`
-    finds, or with scales of their own. It is then given them as the stat `codes`, in the form of its
-    `weight`, and `scales`, in that of its `weight_scale`, and takes them as they are.
+    With `gptq` and `learned`, codes are chosen while the model is calibrated, against the very scales
+    that `quantize` finds, or with scales of their own. It is then given them as the stat `codes`, in
+    the form of its `weight`, and `scales`, in that of its `weight_scale`, and takes them as they are.
     """
 
     row_stats: ClassVar[frozenset[str]] = frozenset({"codes", "scales"})
@@ -77,15 +98,22 @@ class RoundedWeights(Scheme):
     weight_rounding: WeightRounding = Field(
         "nearest",
         description="gptq: each column of a weight makes up for the errors of those before it, by how "
-        "inputs go together; needs calibration data. Or a mapping with the name and options",
+        "inputs go together; learned: codes and scales then learn from errors of the layer's outputs. "
+        "Both need calibration data. Or a mapping with the name and options",
     )
 
     @property
-    def gptq(self) -> Gptq | None:
-        """The options, if data chooses the codes."""
-        if isinstance(self.weight_rounding, Gptq):
+    def rounding_options(self) -> RoundingOptions | None:
+        """If data chooses the codes."""
+        if isinstance(self.weight_rounding, RoundingOptions):
             return self.weight_rounding
-        return Gptq(name="gptq") if self.weight_rounding == "gptq" else None
+        usual = {"gptq": Gptq(name="gptq"), "learned": Learned(name="learned")}
+        return usual.get(self.weight_rounding)
+
+    @property
+    def rounding_learns(self) -> bool:
+        """Whether codes learn after they were chosen."""
+        return isinstance(self.rounding_options, Learned)
 
     @property
     def rounded_by_data(self) -> bool:
@@ -95,9 +123,13 @@ class RoundedWeights(Scheme):
     @property
     def fits_scales(self) -> bool:
         """Whether data chooses the scales, too."""
-        options = self.gptq
+        options = self.rounding_options
         fitted = options is not None and options.ranges == "fitted" and options.sweeps > 0
         return fitted and self.free_scales and self.numerics.weight.symmetric
+
+    def to_scale(self, engine_dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+        """The nearest numbers that may be scales, for positive ones; None if scales stay."""
+        return partial(rounding.nearest, engine_dtype=engine_dtype) if self.fits_scales else None
 
     @property
     def without_inputs(self) -> Self:

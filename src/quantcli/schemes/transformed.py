@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Parts, Stats, decompose
 from quantcli.schemes.arithmetic import kronecker
 from quantcli.schemes.base import Learner, LearningTask, Schedule, Scheme
+from quantcli.schemes.by_data import Learned
 
 SHARED = ("left_trans", "right_trans", "clip_ratio")
 _PRESETS = {
@@ -48,6 +49,14 @@ class Transformed(Scheme):
     scale_channels: bool = Field(
         True, description="learn a scale per input channel, folded into the norm or matrix before"
     )
+
+    @field_validator("weight_rounding", check_fields=False)
+    @classmethod
+    def _learns_once(cls, value: object) -> object:
+        """Clips and transforms learn already; codes are chosen once they are there."""
+        if value == "learned" or isinstance(value, Learned):
+            raise ValueError("a scheme that learns a transform takes `nearest` or `gptq`")
+        return value
 
     @property
     @abstractmethod

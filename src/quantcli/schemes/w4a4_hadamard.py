@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from quantcli.checkpoint.rotation.orthogonal import Hadamard, matrix_of
+from quantcli.core.errors import InputError
 from quantcli.core.numerics import NO_STATS, Numerics, Parts, Stats, decompose
 from quantcli.schemes import flatquant
 from quantcli.schemes.arithmetic import kronecker
@@ -90,9 +91,15 @@ def _transforms(k: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     bfloat16: what it rounds entries to, float16 holds as well, so that either serving dtype has these
     numbers.
     """
+    sizes = decompose(k)
+    if not all(sizes):
+        raise InputError(
+            f"{k} inputs have no Kronecker transform",
+            fix="keep this module float, or in another scheme",
+        )
     sides = [
         matrix_of(Hadamard(size, f"w4a4_hadamard {place}")).bfloat16()
-        for place, size in enumerate(decompose(k))
+        for place, size in enumerate(sizes)
     ]
     inverses = [kronecker.inverse(side, "a Hadamard matrix") for side in sides]
     return sides[0], sides[1], (inverses[0], inverses[1])

@@ -250,7 +250,9 @@ def test_bad_rules(load, change, what):
 @pytest.mark.parametrize(
     ("rounding", "what"),
     [
-        ("gtpq", "`weight_rounding`: input should be 'nearest' or 'gptq'"),
+        ("gtpq", "`weight_rounding`: input should be 'nearest', 'gptq' or 'learned'"),
+        ({"name": "learned", "steps": 0}, "`weight_rounding.steps`: input should be greater than"),
+        ({"name": "gptq", "steps": 9}, "unknown key `weight_rounding.steps`"),
         (True, "`weight_rounding`: expected a mapping"),
         (None, "`weight_rounding`: expected a mapping"),
         ({}, "key `weight_rounding.name` is missing"),
@@ -269,6 +271,13 @@ def test_bad_options_of_rounding(load, scheme, rounding, what):
         load(table)
     assert caught.value.what.startswith(what)
     assert "r.yaml:" in caught.value.where
+
+
+@pytest.mark.parametrize("rounding", ["learned", {"name": "learned"}])
+def test_a_learned_transform_learns_no_rounding(load, rounding):
+    table = rules(("*", {"name": "mxfp4_flatquant", "weight_rounding": rounding}))
+    with pytest.raises(InputError, match="learns a transform takes `nearest` or `gptq`"):
+        load(table)
 
 
 @pytest.mark.parametrize(

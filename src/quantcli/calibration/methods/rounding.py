@@ -27,6 +27,7 @@ from torch import Tensor
 
 from quantcli.calibration.channels import shape_of
 from quantcli.calibration.memory import BATCH_TOKENS
+from quantcli.calibration.methods import offsets
 from quantcli.calibration.methods.base import LayerWork, Measurement, Method
 from quantcli.calibration.methods.donors import donors_of
 from quantcli.calibration.methods.hessians import (
@@ -39,8 +40,10 @@ from quantcli.calibration.methods.hessians import (
     fitting,
     jobs,
 )
+from quantcli.calibration.methods.offsets import RoundedRows
 from quantcli.calibration.policy import Policy, not_finite
 from quantcli.calibration.replay.engine import Arithmetic, EngineLinears
+from quantcli.calibration.replay.skeleton import Segment
 from quantcli.calibration.replay.taps import Matrix
 from quantcli.calibration.shown import quantized
 from quantcli.calibration.watch import Watch
@@ -50,19 +53,16 @@ from quantcli.checkpoint.tensors import read_span
 from quantcli.core.errors import InputError
 from quantcli.core.exact import exact_device
 from quantcli.core.numerics import NO_STATS, Parts
-from quantcli.schemes.arithmetic import rounding as numbers
 from quantcli.schemes.arithmetic import tiles
 from quantcli.schemes.arithmetic.gptq import Descent, Each, Feedback, Rounded, gptq, squares
 from quantcli.schemes.base import Scheme
-from quantcli.schemes.by_data import Gptq, RoundedWeights
+from quantcli.schemes.by_data import Gptq, Learned, RoundedWeights, RoundingOptions
 
 _ROWS = 1024  # that one job rounds
 _COLLECTING, _ROUNDING = 1.0, 1.0  # see `Method.passes`
 _ALL = -1  # in place of an expert's number: all experts that tokens reached
 _UNREACHED = "no token reached it"
 _SINGULAR = "its inputs are linearly dependent beyond damping"
-
-
 # what decides codes, next to options: calibrations of another one are not used
 _ALGORITHM = "gptq with sweeps"
 
@@ -76,13 +76,17 @@ class _Objective:
     hessian: Tensor
     feedback: Feedback | None
     toward: Tensor | None
-    options: Gptq
+    options: RoundingOptions
 
 
-def _options(scheme: Scheme) -> Gptq:
+def _options(scheme: Scheme) -> RoundingOptions:
     """Those of a scheme; the usual ones, with its own scales, of one that has none."""
-    found = scheme.gptq if isinstance(scheme, RoundedWeights) else None
+    found = scheme.rounding_options if isinstance(scheme, RoundedWeights) else None
     return found or Gptq(name="gptq", ranges="kept")
+
+
+def _to_scale(scheme: Scheme, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    return scheme.to_scale(dtype) if isinstance(scheme, RoundedWeights) else None
 
 
 class Rounding(Method):
@@ -91,6 +95,7 @@ class Rounding(Method):
     name: ClassVar[str] = "rounding"
     for_schemes: ClassVar[bool] = True
     results: ClassVar[tuple[str, ...]] = ("codes",)
+    hidden_states: ClassVar[int] = 1  # outputs of the float layer, if rounding is learned
     against_running: ClassVar[tuple[str, str] | None] = ("is rounded by data", "weight_rounding")
 
     def uses(self, scheme: Scheme) -> Collection[str]:
@@ -140,8 +145,12 @@ class RoundingPass(Measurement):
         self._sources: dict[Matrix, list[Matrix]] = {}
 
     def choose(self) -> None:
-        """Round all modules that are rounded by data. InputError for NaN and Inf."""
-        for module in self.layout.modules(matrix for matrix, _ in self.layout.matrices()):
+        """Round all modules that are rounded by data; then some learn. InputError for NaN and Inf."""
+        self._round_layer()
+        self._learn()
+
+    def _round_layer(self) -> None:
+        for module in self.layout.modules(m for m, _ in self.layout.matrices()):
             if self._by_data(module) and not self._inputs_seen(module):
                 self._rounded_to_nearest(module, _UNREACHED)
         groups = list(self._groups())
@@ -404,7 +413,7 @@ class RoundingPass(Measurement):
             tile[1] if tile else rows.shape[1],
             parts["weight_scale"].float(),
             parts.get("weight_global_scale"),
-            self._to_scale(scheme, weight_dtype),
+            _to_scale(scheme, weight_dtype),
         )
         step, zero = descent.step(descent.scale, rows.shape[1]), parts.get("weight_zero_point")
         shifted = targets
@@ -423,13 +432,6 @@ class RoundingPass(Measurement):
         )
         return rounded if zero is None else rounded._replace(signal=squares(targets, objective.hessian))
 
-    @staticmethod
-    def _to_scale(scheme: Scheme, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-        """The nearest numbers that may be scales; None if scales stay as they are."""
-        if not isinstance(scheme, RoundedWeights) or not scheme.fits_scales:
-            return None
-        return lambda scale: numbers.nearest(scale, dtype)
-
     def _rows(self, module: str, block: slice) -> tuple[Tensor, Tensor | None]:
         """Rows of a stored weight and its bias, edited, as `quantize` will read them."""
         count = block.stop - block.start
@@ -445,6 +447,37 @@ class RoundingPass(Measurement):
         if self.run.policy.inputs != "float":
             self._check_order(module, weight, block)
         return weight, bias
+
+    # -- learning --------------------------------------------------------------------------------
+
+    def _learn(self) -> None:
+        """Codes and scales learn from the outputs of the layer."""
+        starts: dict[Matrix, tuple[Learned, list[Segment]]] = {}
+        for matrix, segments in self.layout.matrices():
+            its = [_options(self._scheme(s.module)) for s in segments if self._rounded(s.module)]
+            learned = [each for each in its if isinstance(each, Learned)]
+            if learned and len(its) == len(segments):
+                starts[matrix] = learned[0], segments
+        if starts:
+            offsets.learn(self.work, starts, self._start)
+
+    def _rounded(self, module: str) -> bool:
+        return self._by_data(module) and "codes" in self.stats.get(module, NO_STATS)
+
+    def _start(self, segments: Sequence[Segment]) -> RoundedRows:
+        """The rows of a matrix as GPTQ has rounded them."""
+        first, found = segments[0].module, []
+        base = quantized(self.run.policy, self.stats, self._whole)
+        for segment in segments:
+            block = slice(0, segment.stop - segment.start)
+            rows, bias = self._rows(segment.module, block)
+            self._check_order(segment.module, rows, block)
+            rounded = base(segment.module, rows, bias)
+            assert rounded is not None
+            found.append((rows, rounded[1]))
+        scheme, device = self._scheme(first), self.run.device
+        to_scale = _to_scale(scheme, self.run.policy.quantized[first].weight_dtype)
+        return offsets.together(found, scheme, to_scale, device)
 
     def _check_order(self, module: str, rows: Tensor, block: slice) -> None:
         """The engine's arithmetic takes rows as they are loaded; codes are in the order of the file."""
