@@ -111,7 +111,7 @@ def test_a_limit_of_perplexity(bench: Bench) -> None:
         (("calibration:", "smooth: {}\ncalibration:"), "`smooth` changes weights"),
         (("samples: 40", "samples: 1"), "too few to measure on"),
         (("[{name: w4a16, group_size: 32}, w8a16]", "[keep]"), "no scheme to choose but keep"),
-        (("role: [attention, mlp, expert]", "role: ssm\n    optional: true"), "takes any of its schemes"),
+        (("role: [attention, mlp, expert]", "role: ssm\n    optional: true"), "takes any of its"),
         (("calibration:", "rotate: {learn: {}}\ncalibration:"), "a rotation is learned for one choice"),
     ],
 )

@@ -112,7 +112,7 @@ def calibrated(
 
 
 def unmeasured(units: Units, errors: Errors, progress: Progress) -> tuple[str, ...]:
-    """The names of units of which nothing is known, which is said."""
+    """The names of units that were not measured. Reports them."""
     names = tuple(
         unit.name for unit in units.units if not any(module in errors for module in unit.modules)
     )
