@@ -195,10 +195,21 @@ def _plan(
         with_data=given.examples is not None or options["calibration"] is not None,
         progress=given.progress,
     )
+    how = JobOptions(
+        options["workers"],
+        options["fresh"],
+        options["force"],
+        options["checksum"],
+        path_of(options["calibration"]),
+        options["part"],
+        parse_executor(options["executor"]),
+        signer_of(options["sign"]),
+        options["hash_model"],
+        options["trust_remote_code"],
+    )
     ordinary = without_budget(
-        Request(chosen.recipe, chosen.overrides, given.model, place_of(out)),
+        Request(chosen.recipe, chosen.overrides, given.model, place_of(out), how),
         resources=resources_of(options),
-        calibration=path_of(options["calibration"]),
         examples=given.examples,
         progress=given.progress,
     )
@@ -207,18 +218,7 @@ def _plan(
         model=ordinary.model,
         out=ordinary.out,
         overrides=ordinary.overrides,
-        options=JobOptions(
-            options["workers"],
-            options["fresh"],
-            options["force"],
-            options["checksum"],
-            path_of(options["calibration"]),
-            options["part"],
-            parse_executor(options["executor"]),
-            signer_of(options["sign"]),
-            options["hash_model"],
-            options["trust_remote_code"],
-        ),
+        options=ordinary.options,
         examples=given.examples,
         progress=given.progress,
     )
@@ -281,7 +281,7 @@ def calibrate(
         model=given.model,
         out=path_of(out),
         overrides=_changes(options),
-        options=JobOptions(fresh=options["fresh"], trust_remote_code=options["trust_remote_code"]),
+        fresh=options["fresh"],
         examples=given.examples,
         progress=progress,
     )
