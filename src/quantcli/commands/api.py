@@ -281,7 +281,7 @@ def calibrate(
         model=given.model,
         out=path_of(out),
         overrides=_changes(options),
-        fresh=options["fresh"],
+        options=JobOptions(fresh=options["fresh"], trust_remote_code=resources.trust_remote_code),
         examples=given.examples,
         progress=progress,
     )

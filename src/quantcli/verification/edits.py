@@ -8,7 +8,6 @@ same layer that changed.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,7 +88,8 @@ def fit(pair: Pair, columns: Candidate | None) -> FittedFactors:
     or estimates from all rows.
 
     A row's factor is estimated from k rounded numbers: if they are few and have 4 bits, it is off by
-    several percent. The median deviation counts, so that a damaged row does not excuse itself.
+    several percent. Its own deviation counts, but not more than twice the median one: a damaged row
+    does not excuse itself.
     """
     chosen = _columns(pair, pair.k) if columns is None else columns.columns
     rows, deviations = [], []
@@ -100,7 +100,8 @@ def fit(pair: Pair, columns: Candidate | None) -> FittedFactors:
         rest = torch.linalg.vecdot(d, d) - factors.square() * ww
         deviations.append(torch.where(ww > 0, rest.clamp_min(0) / (ww * max(1, pair.k - 1)), 0.0))
         rows.append(factors)
-    noise = float(torch.cat(deviations).median().sqrt())
+    noise = torch.cat(deviations).sqrt()
+    noise = noise.clamp_max(2 * float(noise.median()))
     return FittedFactors(_snap(torch.cat(rows), noise), chosen)
 
 
@@ -150,16 +151,18 @@ def _nearly_one(rows: Tensor) -> Tensor:
     return median.expand_as(rows) if float(near.float().mean()) > _NEARLY_ALL else rows
 
 
-def _snap(factors: Tensor, noise: float = 0.0) -> Tensor:
-    """Powers of two if nearly all factors are near them; else the factors. noise: the relative standard
-    deviation of a factor.
+def _snap(factors: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Powers of two if nearly all factors are near them; else the factors. noise: standard deviations of
+    estimates near 1.
 
     What was divided so much that all codes are 0 has no estimate: it takes the smallest of the rest.
     """
     usable = torch.isfinite(factors) & (factors > 0)
     factors = torch.where(usable, factors, factors[usable].min() if bool(usable.any()) else 1.0)
     octaves = factors.log2()
-    near = (octaves - octaves.round()).abs() < max(_NEAR_POWER, math.log2(1 + _WITHIN * noise))
+    noise = torch.zeros_like(octaves) if noise is None else noise
+    limits = (1 + _WITHIN * noise).log2().clamp_min(_NEAR_POWER)
+    near = (octaves - octaves.round()).abs() < limits
     if float(near.float().mean()) > _NEARLY_ALL:
         return octaves.round().exp2()
     return factors

@@ -93,7 +93,7 @@ def test_row_factors_within_the_noise_of_few_numbers_are_one(seed):
     made = weight + noise
     made[3] -= weight[3] * ((weight[3] @ made[3]) / (weight[3] @ weight[3]) - 0.915)
     assert bool((fit(pair_of(weight, made), ones).rows == 1).all())
-    made[7] *= 1.3
+    made[7] *= 1.4
     made[8] = torch.randn(64, generator=generator)
     rows = fit(pair_of(weight, made), ones).rows
-    assert 1.15 < float(rows[7]) < 1.45
+    assert 1.2 < float(rows[7]) < 1.6
