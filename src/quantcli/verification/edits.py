@@ -152,8 +152,9 @@ def _nearly_one(rows: Tensor) -> Tensor:
 
 
 def _snap(factors: Tensor, noise: Tensor | None = None) -> Tensor:
-    """Powers of two if nearly all factors are near them; else the factors. noise: standard deviations of
-    estimates near 1.
+    """Powers of two if nearly all factors are near them; else the factors.
+
+    noise: standard deviations of estimates near 1.
 
     What was divided so much that all codes are 0 has no estimate: it takes the smallest of the rest.
     """
