@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from pathlib import Path
 
@@ -159,6 +160,15 @@ def test_a_rotated_model_is_measured_rotated(bench: Bench) -> None:
         assert "holds another measurement: it is replaced" in done.err
         errors.append(done.json)
     assert notes.exists()
+    with (folder / "sensitivity.json").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = run_cli(*words, "--folder", folder)
+    assert done.code == 3
+    assert "another run is writing here" in done.err
+    (folder / "sensitivity-00001.json").write_text("{")
+    done = run_cli(*words, "--folder", folder)
+    assert done.code == 2
+    assert "delete the file" in done.err
     total, turned, again = (report["schemes"][0]["error"] for report in errors)
     assert len({total, turned, again}) == 3
     assert turned == pytest.approx(total, rel=0.9)
