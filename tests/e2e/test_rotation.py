@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
+from quantcli.commands.inspect import inspect
 from quantcli.commands.job import JobOptions, to_json
 from quantcli.core.errors import InputError
 from quantcli.verification.depths import verify
@@ -74,6 +75,10 @@ def test_an_output_is_the_same_for_any_number_of_workers(convert, tmp_path, mode
         "torch.bfloat16"
     }
     assert open_checkpoint(tmp_path / "one").config.flag("tie_word_embeddings") is False
+    (note,) = [note for note in inspect(str(tmp_path / "one"))["notes"] if "rotated" in note]
+    assert note.startswith("rotated: residual stream by Hadamard 64")
+    (tmp_path / "one" / "quantcli_manifest.json").write_bytes(one["quantcli_manifest.json"] + b" ")
+    assert inspect(str(model))["notes"] == inspect(str(tmp_path / "one"))["notes"]  # it has no seal
 
 
 def test_another_seed_is_another_output(convert):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 from quantcli.checkpoint.checkpoint import open_checkpoint, scan_checkpoint
 from quantcli.checkpoint.hub import display_name, find_headers, find_model
 from quantcli.checkpoint.inspection import inspect_checkpoint
+from quantcli.checkpoint.rotation.summary import recorded
 from quantcli.core.disk import check_file, write_file
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
@@ -30,6 +31,8 @@ def inspect(model: str, tensors: str | None = None, progress: Progress = SILENT)
         checkpoint = scan_checkpoint(folder, progress)
         summary = inspect_checkpoint(checkpoint, tensors)
         summary["path"] = display_name(checkpoint.path)
+        if (rotation := recorded(checkpoint.path)) is not None:
+            summary["notes"] = [*summary["notes"], f"{rotation}, says its manifest"]
         if summary["quantization"] is None and "quantization_config" in checkpoint.config:
             # a stale block, or codes that only a target knows by their names: targets load torch
             progress.say("looking for the format of the weights")

@@ -14,10 +14,10 @@ from quantcli.checkpoint.head import tied
 from quantcli.checkpoint.header import StoredTensor
 from quantcli.checkpoint.rotation.orthogonal import Hadamard, Orthogonal
 from quantcli.checkpoint.rotation.places import Heads, Places
+from quantcli.checkpoint.rotation.summary import sentence
 from quantcli.checkpoint.rotation.virtual import Constant, Rotated, folded
 from quantcli.checkpoint.spec import TensorSpec
 from quantcli.core.errors import InputError
-from quantcli.core.text import count
 
 _TIED = "tie_word_embeddings"
 
@@ -246,20 +246,3 @@ def untied_config(checkpoint: Checkpoint) -> Settings:
     if tied(checkpoint) is not False:
         table[_TIED] = False  # tied unless it says otherwise
     return Settings(table, checkpoint.config.file, checkpoint.config.path)
-
-
-def sentence(summary: Mapping[str, Any]) -> str:
-    """What a rotation does, for people."""
-    parts = []
-    if summary["residual"]:
-        norms = count(summary["norms"], "norm")
-        parts.append(f"residual stream by {summary['residual']}, {norms} folded into what reads them")
-    if summary.get("learning"):
-        parts = [f"{part}, from where it is learned ({summary['learning']})" for part in parts]
-    if summary["heads"]:
-        pairs = count(summary["pairs"], "attention")
-        parts.append(f"values of heads in {pairs} by {summary['heads']}")
-    text = f"rotated: {'; '.join(parts)}; seed {summary['seed']}"
-    if summary["untied_bytes"]:
-        text += f"; an output matrix of its own adds {summary['untied_bytes']:,} bytes"
-    return text

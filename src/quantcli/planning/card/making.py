@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.filesize import decimal
 
 from quantcli.checkpoint.files import RECIPE_FILE, SOURCE_RECIPE
-from quantcli.checkpoint.rotation.rotation import sentence
+from quantcli.checkpoint.rotation.summary import sentence
 from quantcli.core.text import count
 from quantcli.planning.card.markdown import code, plain, table
 from quantcli.planning.plan import CacheScale, Kept, Plan, RuleLine, Work
