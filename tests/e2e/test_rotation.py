@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from safetensors.torch import load_file
 
 from quantcli.checkpoint.checkpoint import open_checkpoint
 from quantcli.commands import quantize as commands
@@ -12,7 +11,7 @@ from quantcli.commands.job import JobOptions, to_json
 from quantcli.core.errors import InputError
 from quantcli.verification.depths import verify
 from quantcli.verification.options import VerifyOptions
-from tests.e2e.calibrating import LENGTH, SAMPLES, Models, make_bench
+from tests.e2e.calibrating import LENGTH, SAMPLES, Models, make_bench, tensors
 from tests.tiny_models import make_tiny
 
 RECIPE = """\
@@ -68,10 +67,10 @@ def test_an_output_is_the_same_for_any_number_of_workers(convert, tmp_path, mode
     planned = to_json(jobs[0])
     assert planned["rotation"] == manifest["rotation"]
     assert any("adds 16,384 bytes" in note for note in planned["notes"])
-    tensors = load_file(tmp_path / "one" / "model-00001-of-00001.safetensors")
-    assert bool((tensors["model.norm.weight"] == 1).all())
-    assert "lm_head.weight" in tensors
-    assert {str(tensors[name].dtype) for name in ("lm_head.weight", "model.norm.weight")} == {
+    held = tensors(tmp_path / "one")
+    assert bool((held["model.norm.weight"] == 1).all())
+    assert "lm_head.weight" in held
+    assert {str(held[name].dtype) for name in ("lm_head.weight", "model.norm.weight")} == {
         "torch.bfloat16"
     }
     assert open_checkpoint(tmp_path / "one").config.flag("tie_word_embeddings") is False
@@ -121,3 +120,16 @@ def test_learned_matrices_are_kept_with_the_calibration(tmp_path):
         report = verify(options)
         assert [f for f in report.findings if f.severity == "error"] == []
         assert bool(report.checked.get("recomputed")) == bool(calibration)
+
+
+def test_norms_of_a_rotated_model_are_smoothed(tmp_path):
+    """Norms are float32 ones there, and a calibration in bfloat16 divides them."""
+    recipe = LEARNED.replace("rotate: {learn: {epochs: 1, rate: 0.05}}", "rotate: {heads: false}")
+    recipe = recipe.replace("float32", "bfloat16").replace("w4a4", "w8a8") + "smooth: {within: 1}\n"
+    bench = make_bench(tmp_path, Models(tmp_path / "models", num_hidden_layers=1)("qwen3"), recipe)
+    done = bench.run()
+    assert done.code == 0, done.err
+    norm = tensors(bench.out)["model.layers.0.input_layernorm.weight"]
+    assert not bool((norm == 1).all())
+    report = verify(VerifyOptions(bench.out, full=True, against=str(bench.model)))
+    assert [f for f in report.findings if f.severity == "error"] == []

@@ -144,10 +144,12 @@ class Measured:
         edit, spec = self.edits.get(stored.spec.name), stored.spec
         if edit is None:
             return None
+        # what is rotated is float32, and a calibration computes in the dtype of its source
+        floats = tuple(sorted({spec.dtype, stored.parts[0].spec.dtype, "F32"}))
         for kind, dtypes, shape in (
             ("rows", ("F32",), spec.shape[:1]),
             ("columns", ("F32",), spec.shape[1:][-1:]),
-            ("value", tuple(sorted({spec.dtype, "F32"})), spec.shape),
+            ("value", floats, spec.shape),
         ):
             _check_spec(getattr(edit, kind), dtypes, shape, f"`{spec.name}`, {kind} of its edit")
         return edit
