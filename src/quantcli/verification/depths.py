@@ -92,6 +92,8 @@ def verify(
         from quantcli.verification.on_text.trace import check_modules
 
         check_modules(structure.stored, options.layer or ())
+        if options.tasks:
+            progress.phase("looking the tasks up")
         tasks = read_tasks(options.tasks or ())
 
         # before the long comparison of weights: an error in the text is reported at once

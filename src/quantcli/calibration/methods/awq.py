@@ -13,7 +13,7 @@ clips, the rounding of its inputs), on tokens of the samples. Error e_t and outp
 
 summed over modules: that of a few tokens with outputs a thousand times as large, as pretrained models
 have them, counts no more than that of others. The paper takes the squared error of the attention or the
-MLP, which costs a run of the layer for each candidate and was not better. `benchmarks/awq.py` measures.
+MLP, which costs a run of the layer for each candidate. `benchmarks/awq.py` measures what is gained.
 
 Scales of norms are rounded as smoothing rounds them; those of rows of a matrix, and those of channels
 that a float matrix reads, are powers of two.
