@@ -12,8 +12,11 @@ import yaml
 import quantcli
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.sensitivity.passes import FloatModel
+from quantcli.commands.budget.options import name_of
 from quantcli.commands.budget.sensitivity import SensitivityOptions, sensitivity
 from quantcli.core.errors import InputError
+from quantcli.core.registry import discover
+from quantcli.schemes.base import Scheme
 from tests.e2e.calibrating import Bench, Models, make_bench
 from tests.e2e.conftest import run_cli
 
@@ -274,6 +277,14 @@ def test_int4_in_bytes_counts_as_int4(bench: Bench) -> None:
         "w4a4_dynamic",
         "w8a8_dynamic",
     }
+
+
+def test_options_of_schemes_are_named_as_recipes_write_them() -> None:
+    schemes = discover(Scheme)
+    scheme = schemes["w4a16"].model_validate({"group_size": 32, "symmetric": False})
+    assert name_of(scheme) == "w4a16 group_size=32 symmetric=false"
+    assert name_of(schemes["w8a16"](clip="inputs")) == "w8a16 clip=inputs"
+    assert name_of(None) == "keep"
 
 
 def test_sensitivity_without_text(bench: Bench) -> None:
