@@ -110,6 +110,9 @@ def test_a_limit_of_perplexity(bench: Bench) -> None:
         (("w8a16]", "w9]"), "unknown scheme `w9`"),
         (("calibration:", "smooth: {}\ncalibration:"), "`smooth` changes weights"),
         (("samples: 40", "samples: 1"), "too few to measure on"),
+        (("[{name: w4a16, group_size: 32}, w8a16]", "[keep]"), "no scheme to choose but keep"),
+        (("role: [attention, mlp, expert]", "role: ssm\n    optional: true"), "takes any of its"),
+        (("calibration:", "rotate: {learn: {}}\ncalibration:"), "a rotation is learned for one choice"),
     ],
 )
 def test_what_cannot_be(bench: Bench, change: tuple[str, str], message: str) -> None:
@@ -121,6 +124,68 @@ def test_what_cannot_be(bench: Bench, change: tuple[str, str], message: str) -> 
     assert done.code == 2
     assert message in done.err
     assert not bench.root.joinpath("out.recipe.yaml").exists()
+
+
+def test_what_the_conversion_refuses_is_refused_first(bench: Bench) -> None:
+    done = bench.run("--calibration", bench.root / "calibrated")
+    assert done.code == 2
+    assert "needs a calibration" in done.err
+    bench.out.mkdir()
+    done = bench.run()
+    assert done.code == 2
+    assert "output directory exists" in done.err
+    assert not list(bench.root.glob("out.*"))
+
+
+def test_a_calibration_that_the_choice_does_not_need(bench: Bench) -> None:
+    bench.edit_recipe(RECIPE.replace("w8a16]", "{name: w8a16, weight_rounding: gptq}]"))
+    place = bench.root / "calibrated"
+    done = bench.run("--calibration", place, "--set", "budget.bits_per_quantizable=64", "--plan")
+    assert done.code == 0, done.err
+    assert place.is_dir()
+    assert [rule["scheme"] for rule in written(bench)["rules"]] == ["keep", "keep"]
+
+
+def test_a_rotated_model_is_measured_rotated(bench: Bench) -> None:
+    folder = bench.root / "kept"
+    words = ["inspect", "--sensitivity", bench.model, "--recipe", bench.recipe, "--json"]
+    first = run_cli(*words, "--folder", folder).json
+    notes = folder / "notes.txt"
+    notes.touch()
+    errors = [first]
+    for seed in (0, 1):
+        bench.edit_recipe(RECIPE.replace("calibration:", f"rotate: {{seed: {seed}}}\ncalibration:"))
+        done = run_cli(*words, "--folder", folder)
+        assert "holds another measurement: it is replaced" in done.err
+        errors.append(done.json)
+    assert notes.exists()
+    total, turned, again = (report["schemes"][0]["error"] for report in errors)
+    assert len({total, turned, again}) == 3
+    assert turned == pytest.approx(total, rel=0.9)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--folder", "{root}/kept"), "without a text"),
+        (("--recipe", "{recipe}", "--folder", "{root}/text.txt"), "`text.txt` is not a directory"),
+        (("--recipe", "{recipe}", "--folder", "{root}"), "the folder is not a measurement"),
+        (("--recipe", "{turned}", "--only", "weights"), "transforms weights and inputs together"),
+        (("--recipe", "{kept}"), "no scheme to choose but keep"),
+    ],
+)
+def test_what_cannot_be_measured(bench: Bench, words: tuple[str, ...], message: str) -> None:
+    names = {"root": bench.root, "recipe": bench.recipe}
+    schemes = {"kept": "[keep]", "turned": "[w4a4_flatquant]"}
+    for name, listed in schemes.items():
+        names[name] = bench.root / f"{name}.yaml"
+        recipe = RECIPE.replace("compressed-tensors", "ascend")
+        names[name].write_text(recipe.replace("[{name: w4a16, group_size: 32}, w8a16]", listed))
+    given = (word.format(**names) for word in words)
+    done = run_cli("inspect", "--sensitivity", bench.model, *given)
+    assert done.code == 2
+    assert message in done.err
+    assert "measuring 14" not in done.err
 
 
 def test_other_commands_do_not_spend(bench: Bench) -> None:

@@ -84,10 +84,20 @@ def quantize(
             with_data=calibration is not None,
             progress=planning,
         )
+        how = jobs.JobOptions(
+            workers,
+            fresh,
+            force,
+            checksum,
+            calibration,
+            part,
+            resources.executor,
+            signer,
+            hash_model,
+        )
         ordinary = without_budget(
-            Request(chosen.recipe, chosen.overrides, model, out),
+            Request(chosen.recipe, chosen.overrides, model, out, how),
             resources=resources,
-            calibration=calibration,
             progress=planning,
         )
         job = commands.plan(
@@ -95,17 +105,7 @@ def quantize(
             model=ordinary.model,
             out=ordinary.out,
             overrides=ordinary.overrides,
-            options=jobs.JobOptions(
-                workers,
-                fresh,
-                force,
-                checksum,
-                calibration,
-                part,
-                resources.executor,
-                signer,
-                hash_model,
-            ),
+            options=ordinary.options,
             progress=planning,
         )
 

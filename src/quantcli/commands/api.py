@@ -195,10 +195,20 @@ def _plan(
         with_data=given.examples is not None or options["calibration"] is not None,
         progress=given.progress,
     )
+    how = JobOptions(
+        options["workers"],
+        options["fresh"],
+        options["force"],
+        options["checksum"],
+        path_of(options["calibration"]),
+        options["part"],
+        parse_executor(options["executor"]),
+        signer_of(options["sign"]),
+        options["hash_model"],
+    )
     ordinary = without_budget(
-        Request(chosen.recipe, chosen.overrides, given.model, place_of(out)),
+        Request(chosen.recipe, chosen.overrides, given.model, place_of(out), how),
         resources=resources_of(options),
-        calibration=path_of(options["calibration"]),
         examples=given.examples,
         progress=given.progress,
     )
@@ -207,17 +217,7 @@ def _plan(
         model=ordinary.model,
         out=ordinary.out,
         overrides=ordinary.overrides,
-        options=JobOptions(
-            options["workers"],
-            options["fresh"],
-            options["force"],
-            options["checksum"],
-            path_of(options["calibration"]),
-            options["part"],
-            parse_executor(options["executor"]),
-            signer_of(options["sign"]),
-            options["hash_model"],
-        ),
+        options=ordinary.options,
         examples=given.examples,
         progress=given.progress,
     )

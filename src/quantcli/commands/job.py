@@ -167,6 +167,35 @@ def make_job(
     return Job(plan, out, options, room, memory, done, session, part)
 
 
+def accepted_place(
+    whole: Destination, options: JobOptions, model: Path
+) -> tuple[Destination, Part | None]:
+    """Where a job writes, and its part if it writes one. whole: the place of the whole checkpoint.
+
+    InputError or MachineError for a place that it could not or must not write.
+    """
+    from quantcli.planning.parts import ON_NODES, Part, check_on_nodes, parse_part
+
+    place, share = whole, None
+    if options.part == ON_NODES:
+        check_on_nodes(options.executor)
+        whole.part(Part(1, 1))  # InputError if it takes none
+    elif options.part is not None:
+        share = parse_part(options.part)
+        place = whole.part(share)
+    if options.part is not None:
+        whole.check(model, force=True)  # it need not be free yet
+    if options.part != ON_NODES:
+        place.check(model, force=options.force)
+    return place, share
+
+
+def needless(option: str, value: object) -> InputError:
+    """The error of a calibration for a recipe that needs none."""
+    what = "nothing in this recipe needs a calibration"
+    return InputError(what, where=f"{option} {value}".strip(), fix=f"leave {option} out")
+
+
 def with_model(job: Job[W], progress: Progress | None) -> Job[W]:
     """The job of a model on this machine: what is missing of it is fetched first."""
     from quantcli.core.events import SILENT

@@ -18,9 +18,11 @@ from quantcli.commands.job import (
     Download,
     Job,
     JobOptions,
+    accepted_place,
     calibration_folder,
     default_name,
     make_job,
+    needless,
     open_both,
     run_job,
     say_if_new,
@@ -61,7 +63,6 @@ def plan(
     in place of what the recipe names. out: a folder, or a URL as text.
     """
     from quantcli.convert.destination import destination_of
-    from quantcli.planning.parts import ON_NODES, Part, check_on_nodes, parse_part
     from quantcli.recipe.written import name_of
 
     given = overrides
@@ -71,17 +72,7 @@ def plan(
     named = out if out is not None else opened.written.file.output
     named = default_name(opened.model, recipe) if named is None else named
     whole = destination_of(named, progress)
-    place, share = whole, None
-    if options.part == ON_NODES:
-        check_on_nodes(options.executor)
-        whole.part(Part(1, 1))  # InputError if it takes none
-    elif options.part is not None:
-        share = parse_part(options.part)
-        place = whole.part(share)
-    if options.part is not None:
-        whole.check(checkpoint.path, force=True)  # it need not be free yet
-    if options.part != ON_NODES:
-        place.check(checkpoint.path, force=options.force)
+    place, share = accepted_place(whole, options, checkpoint.path)
     progress.say(f"planning {name_of(recipe)} for {opened.model}")
 
     from quantcli.calibration.rotation.basis import in_basis
@@ -108,14 +99,9 @@ def plan(
                 "copy of its folder to every part with --calibration",
             )
     elif options.calibration is not None or examples is not None:
-        option, value = "example_inputs", ""
         if examples is None:
-            option, value = "--calibration", f" {options.calibration}"
-        raise InputError(
-            "nothing in this recipe needs a calibration",
-            where=f"{option}{value}",
-            fix=f"leave {option} out",
-        )
+            raise needless("--calibration", options.calibration)
+        raise needless("example_inputs", "")
     if options.executor is not None:
         from quantcli.convert.spread.run import check_spread
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias
 
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ Only: TypeAlias = Literal["weights", "inputs"] | None  # what is quantized; None
 def quantizer_of(items: Mapping[str, Quantize], target: Target, only: Only = None) -> Quantizer:
     """The engine's arithmetic for the items of plans, by module; all other modules are float.
 
-    only: what of them is quantized. InputError for a scheme that transforms weights, of which neither
-    side can be left out.
+    only: what of them is quantized; see `check_only`.
     """
     surveys = Surveys()
 
@@ -40,15 +39,20 @@ def quantizer_of(items: Mapping[str, Quantize], target: Target, only: Only = Non
         parts |= target.engine_parts(scheme.numerics)
         if only is None:
             return scheme, parts
-        if scheme.numerics.transform:
-            raise InputError(
-                f"`{scheme.name}` transforms weights and inputs together",
-                where=f"`{module}`",
-                fix=f"leave --only {only} out, or the scheme",
-            )
         return (_Weights(scheme) if only == "weights" else _Inputs(scheme, rows)), parts
 
     return quantize
+
+
+def check_only(items: Iterable[Quantize], only: Only) -> None:
+    """InputError for a scheme that transforms weights, of which neither side can be left out."""
+    for item in items:
+        if only is not None and item.scheme.numerics.transform:
+            raise InputError(
+                f"`{item.scheme.name}` transforms weights and inputs together",
+                where=f"`{item.module}`",
+                fix=f"leave --only {only} out, or the scheme",
+            )
 
 
 class _Weights:

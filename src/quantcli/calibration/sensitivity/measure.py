@@ -8,24 +8,25 @@ sensitivity-00003.json     a layer: by module, the KL of each scheme
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantcli.calibration.replay.devices import open_device
 from quantcli.calibration.sensitivity.arithmetic import Only, quantizer_of
 from quantcli.calibration.sensitivity.passes import Errors, FloatModel
 from quantcli.calibration.text.dataset import Batch
 from quantcli.checkpoint.tensors import read_tensor
-from quantcli.core.disk import disk_errors, write_file
+from quantcli.core.disk import disk_errors, lock, write_file
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
+from quantcli.core.place import check_ancestor
 from quantcli.core.untrusted.tables import read_table
 from quantcli.planning.budget.units import Option
 
 HEAD = "sensitivity.json"
+_LAYERS, _STATES = "sensitivity-*.json", "*states-*"
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def measure(
 
     InputError if the folder holds something else, and for a model that does not predict text.
     """
-    _begin(how)
-    with disk_errors(how.folder):
+    _begin(how, progress)
+    with disk_errors(how.folder), _locked(how.folder):
         model = FloatModel(
             options[0].plan.checkpoint,
             batches,
@@ -70,7 +71,7 @@ def measure(
         if missing:
             model.forward()
             _backward(model, max(missing), options, how, errors, progress)
-        for file in how.folder.glob("*states-*"):
+        for file in how.folder.glob(_STATES):
             file.unlink()
     return dict(sorted(errors.items()))
 
@@ -120,25 +121,36 @@ def _stored(folder: Path, index: int, options: int) -> Errors | None:
     return errors
 
 
-def _begin(how: Measuring) -> None:
-    """Make the folder, or empty one that holds another measurement."""
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """MachineError if another run measures here."""
+    with (folder / HEAD).open("rb") as file:
+        lock(file.fileno(), folder)
+        yield
+
+
+def check_folder(folder: Path, where: str) -> None:
+    """InputError or MachineError for a folder that cannot hold a measurement. where: what names it."""
+    check_ancestor(folder, fix="give another folder")
+    if folder.is_dir() and not (folder / HEAD).is_file() and any(folder.iterdir()):
+        fix = "name another folder, or delete this one"
+        raise InputError("the folder is not a measurement", where=where, fix=fix)
+
+
+def _begin(how: Measuring, progress: Progress) -> None:
+    """Make the folder, or delete another measurement that is in it."""
     head = how.folder / HEAD
     content = (json.dumps({"key": how.key}) + "\n").encode()
     with disk_errors(how.folder):
-        if how.folder.exists() and not head.exists() and any(how.folder.iterdir()):
-            raise InputError(
-                "the folder is not a measurement",
-                where=str(how.folder),
-                fix="name another folder, or delete this one",
-            )
         how.folder.mkdir(parents=True, exist_ok=True)
-        if not head.exists() or head.read_bytes() != content:
-            for file in how.folder.iterdir():
-                if file.is_dir():
-                    shutil.rmtree(file)
-                else:
+        if head.exists() and head.read_bytes() == content:
+            return
+        if head.exists():
+            progress.say(f"{how.folder} holds another measurement: it is replaced")
+            with _locked(how.folder):
+                for file in [*how.folder.glob(_LAYERS), *how.folder.glob(_STATES)]:
                     file.unlink()
-            write_file(head, content)
+        write_file(head, content)
 
 
 def estimate(options: Sequence[Option], progress: Progress) -> Errors:
@@ -173,11 +185,3 @@ def estimate(options: Sequence[Option], progress: Progress) -> Errors:
             errors[module].append(error / signal)
         progress.advance(stored.nbytes)
     return errors
-
-
-def as_table(options: Sequence[Option], errors: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The errors by module and by the names of options, JSON-able."""
-    return {
-        module: dict(zip((option.name for option in options), values, strict=True))
-        for module, values in errors.items()
-    }

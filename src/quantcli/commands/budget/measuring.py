@@ -25,7 +25,7 @@ from quantcli.calibration.text.dataset import (
 from quantcli.core.errors import InputError
 from quantcli.core.events import Progress
 from quantcli.core.text import count
-from quantcli.planning.budget.units import Option
+from quantcli.planning.budget.units import Option, Units
 from quantcli.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -109,6 +109,19 @@ def calibrated(
         else option
         for option in options
     ]
+
+
+def unmeasured(units: Units, errors: Errors, progress: Progress) -> tuple[str, ...]:
+    """The names of units that were not measured. Reports them."""
+    names = tuple(
+        unit.name for unit in units.units if not any(module in errors for module in unit.modules)
+    )
+    if names:
+        progress.say(
+            f"{len(names)} of {len(units.units)} groups of modules were not measured, such as "
+            f"`{names[0]}`: no token reached them, or they are in no layer"
+        )
+    return names
 
 
 def errors_of(

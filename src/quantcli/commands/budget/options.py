@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quantcli.calibration.rotation.basis import in_basis
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.roles import roles_of
 from quantcli.core.errors import InputError
@@ -46,6 +47,12 @@ def schemes_of(written: WrittenRecipe) -> list[Scheme]:
             raise InputError(what, where=document.where(place), fix="leave it out: keep is always one")
         scheme = resolve_scheme(value, document, place)
         schemes += scheme.choices or (scheme,)
+    if not schemes:
+        raise InputError(
+            "the budget has no scheme to choose but keep",
+            where=document.where((BUDGET, "schemes")),
+            fix="name others, such as w4a16 and w8a16",
+        )
     if any(scheme.needs_data for scheme in schemes):
         schemes = [scheme.when_calibrating for scheme in schemes]
     for scheme in schemes:
@@ -94,14 +101,16 @@ def options_of(
 ) -> list[Option]:
     """An option for each scheme, and one for floats at last, planned without statistics.
 
-    InputError for a recipe that changes weights before it quantizes them: the change would be another
-    one for each choice.
+    InputError for a recipe that changes weights by data before it quantizes them: the change would be
+    another one for each choice. And if no module takes any of the schemes.
     """
     options: list[Option] = []
     assert written.file.budget is not None
     named = written.file.budget.schemes is not None
-    kept = make_plan(resolve(_with_rule(written, KEEP)), checkpoint)
-    _check_methods(written, kept.recipe)
+    unquantized = resolve(_with_rule(written, KEEP))
+    _check_methods(written, unquantized)
+    checkpoint = in_basis(unquantized, checkpoint)
+    kept = make_plan(unquantized, checkpoint)
     modules: set[str] = set()
     for scheme in schemes:
         recipe = resolve(_with_rule(written, as_written(scheme)))
@@ -114,6 +123,12 @@ def options_of(
         own = frozenset(_selected(written, plan))
         modules |= own
         options.append(Option(name_of(scheme), scheme, plan, own))
+    if not modules:
+        raise InputError(
+            "no module that rules with `scheme: budget` select takes any of its schemes",
+            where=written.document.where((BUDGET,)),
+            fix="name other schemes in the budget, or other modules in its rules",
+        )
     return [*options, Option(KEEP, None, kept, frozenset(modules))]
 
 
@@ -129,6 +144,13 @@ def _selected(written: WrittenRecipe, plan: Plan) -> list[str]:
 
 
 def _check_methods(written: WrittenRecipe, recipe: Recipe) -> None:
+    """InputError for what changes weights by data."""
+    if written.file.learns_rotation:
+        raise InputError(
+            "a rotation is learned for one choice of schemes, and a budget compares several",
+            where=written.document.where(("rotate", "learn")),
+            fix="spend the budget without `learn`, and add it to the recipe that is written",
+        )
     for named in recipe.named_methods:
         if named.method.edited_as:
             raise InputError(

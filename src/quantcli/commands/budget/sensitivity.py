@@ -62,9 +62,9 @@ def sensitivity(
     on_text: whether errors are the KL that they make, in nats per token; else they are the squared
              error of weights over their sum of squares, summed over modules.
     schemes: {"name", "bits", "bytes", "error"} each, for all groups together; the last one is `keep`.
-    units:   {"unit", "place", "modules", "weights", "errors", "bytes", "left_float"} each: by scheme,
-             and what remains of the model's error if this group alone stays float; the most sensitive
-             first.
+    units:   {"unit", "place", "modules", "weights", "errors", "bytes", "left_float", "unreached"} each:
+             by scheme, and what remains of the model's error if this group alone stays float; the most
+             sensitive first. unreached: whether nothing was measured, so that errors are 0.
 
     InputError for a model, a text or a recipe that cannot be used.
     """
@@ -81,6 +81,8 @@ def sensitivity(
     progress.say(f"measuring the sensitivity of {model}")
 
     from quantcli.calibration.resources import Resources
+    from quantcli.calibration.sensitivity.arithmetic import check_only
+    from quantcli.calibration.sensitivity.measure import check_folder
     from quantcli.commands.budget import measuring
     from quantcli.commands.budget.options import options_of, schemes_of
     from quantcli.core.threads import default_workers
@@ -90,15 +92,19 @@ def sensitivity(
     written = opened.written
     variants = options_of(written, schemes_of(written), opened.checkpoint)
     source = measuring.source_of(variants[0].plan)
-    if source is None and options.only is not None:
+    given = {"--only": options.only, "--folder": options.folder}
+    if source is None and (unused := [f"{name} {value}" for name, value in given.items() if value]):
         raise InputError(
-            "without a text only weights are looked at",
-            where=f"--only {options.only}",
+            "without a text weights alone are measured, in one go",
+            where=unused[0],
             fix="leave it out, or add --data FILE",
         )
     only: Only = "weights" if options.only == "weights" else "inputs" if options.only else None
+    check_only((item for variant in variants for item in variant.items.values()), only)
+    if options.folder is not None:
+        check_folder(options.folder, f"--folder {options.folder}")
     with TemporaryDirectory(prefix="quantcli-") as name:
-        folder = options.folder or Path(name) / "sensitivity"
+        folder = Path(name) / "sensitivity" if options.folder is None else options.folder.resolve()
         text = None
         if source is not None:
             text = measuring.read_text(source, variants[0].plan, resources, progress)
@@ -106,6 +112,7 @@ def sensitivity(
             variants = measuring.calibrated(variants, calibrations, resources, progress)
         errors = measuring.errors_of(variants, text, folder, resources, progress, only)
     units = units_of(variants)
+    unreached = measuring.unmeasured(units, errors, progress)
     nothing = [0.0] * len(variants)
     rows = []
     for unit in units.units:
@@ -124,6 +131,7 @@ def sensitivity(
             "left_float": {
                 name: total - error for name, total, error in zip(names, totals, row, strict=True)
             },
+            "unreached": unit.name in unreached,
         }
         for place, (unit, row) in enumerate(zip(units.units, rows, strict=True))
     ]

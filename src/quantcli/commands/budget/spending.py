@@ -7,12 +7,20 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quantcli.commands.job import default_name, open_both
+from quantcli.commands.job import (
+    USUAL,
+    JobOptions,
+    accepted_place,
+    calibration_folder,
+    default_name,
+    needless,
+    open_both,
+)
 from quantcli.core.disk import write_file
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
@@ -36,29 +44,31 @@ class Spent:
     """A budget that was spent.
 
     recipe: the file of the ordinary recipe. model: as it was given, or as the recipe with the budget
-    names it. out: where the checkpoint goes. report: JSON-able data.
+    names it. out: where the checkpoint goes. calibrates: whether the recipe needs data. report:
+    JSON-able data.
     """
 
     recipe: Path
     model: str
     out: str
+    calibrates: bool
     report: dict[str, Any]
 
 
 class Request(NamedTuple):
-    """A recipe, what it is applied to, and the place of the result."""
+    """A recipe, what it is applied to, the place of the result, and how it is to be run."""
 
     recipe: GivenRecipe
     overrides: tuple[str, ...]
     model: str | Checkpoint | None
     out: str | Path | None
+    options: JobOptions
 
 
 def without_budget(
     request: Request,
     *,
     resources: Resources,
-    calibration: Path | None,
     progress: Progress,
     examples: Examples | None = None,
 ) -> Request:
@@ -67,7 +77,7 @@ def without_budget(
     examples: data in place of a text. InputError as `spend` raises it, and for a model in memory or
     such data, which the recipe that is written could not name.
     """
-    recipe, overrides, model, out = request
+    recipe, overrides, model, out, options = request
     if read_recipe(recipe, overrides).file.budget is None:
         return request
     if examples is not None or not isinstance(model, str | None):
@@ -78,11 +88,13 @@ def without_budget(
         model=model,
         out=None if out is None else str(out),
         overrides=overrides,
+        options=options,
         resources=resources,
-        calibration=calibration,
         progress=progress,
     )
-    return Request(spent.recipe, (), spent.model, spent.out)
+    if not spent.calibrates:
+        options = replace(options, calibration=None)
+    return Request(spent.recipe, (), spent.model, spent.out, options)
 
 
 def spend(
@@ -91,16 +103,16 @@ def spend(
     model: str | Checkpoint | None = None,
     out: str | None = None,
     overrides: tuple[str, ...] = (),
+    options: JobOptions = USUAL,
     resources: Resources | None = None,
-    calibration: Path | None = None,
     progress: Progress = SILENT,
 ) -> Spent:
     """Choose schemes within a recipe's budget, and write the recipe that names them to OUT.recipe.yaml,
     with a page that shows the choice.
 
-    out: the place of the checkpoint. calibration: the folder of its calibrations.
+    out: the place of the checkpoint. options: of the conversion that follows.
     The same input gives the same recipe. InputError for a budget that cannot be met, with the least
-    that can.
+    that can, and for a place that the conversion would refuse.
     """
     opened = open_both(recipe, model, overrides, "quantize", progress)
     written = opened.written
@@ -108,6 +120,7 @@ def spend(
     progress.say(f"spending the budget of {name_of(recipe)} for {opened.model}")
 
     from quantcli.calibration.resources import Resources
+    from quantcli.calibration.sensitivity.measure import check_folder
     from quantcli.commands.budget.measuring import calibrated, errors_of, read_text, source_of
     from quantcli.commands.budget.options import options_of, schemes_of
     from quantcli.convert.destination import destination_of
@@ -116,21 +129,26 @@ def spend(
 
     resources = resources or Resources()
     place = destination_of(named, progress)
-    options = options_of(written, schemes_of(written), opened.checkpoint)
-    _check_possible(written, units_of(options))
-    source = source_of(options[0].plan)
+    accepted_place(place, options, opened.checkpoint.path)
+    variants = options_of(written, schemes_of(written), opened.checkpoint)
+    if options.calibration is not None and not any(v.plan.needs_calibration for v in variants):
+        raise needless("--calibration", options.calibration)
+    _check_possible(written, units_of(variants))
+    source = source_of(variants[0].plan)
     if source is None and written.file.budget and written.file.budget.max_ppl_ratio is not None:
         raise InputError(
             "a limit of perplexity needs a text, and the recipe names none",
             where=written.document.where((BUDGET, "max_ppl_ratio")),
             fix="give the recipe `calibration: {data: FILE}`, or --data FILE",
         )
-    text = None if source is None else read_text(source, options[0].plan, resources, progress)
-    folder = calibration or place.sibling(".calibration")
-    options = calibrated(options, folder, resources, progress)
     measured = place.sibling(".sensitivity")
-    errors = errors_of(options, text, measured, resources, progress)
-    units = units_of(options)
+    if source is not None:
+        check_folder(measured, str(measured))
+    text = None if source is None else read_text(source, variants[0].plan, resources, progress)
+    folder = options.calibration or calibration_folder(place)
+    variants = calibrated(variants, folder, resources, progress)
+    errors = errors_of(variants, text, measured, resources, progress)
+    units = units_of(variants)
     spending = _Spending(written, units, errors, text, resources, progress)
     report = spending.choose()
     file, page = place.sibling(".recipe.yaml"), place.sibling(".budget.html")
@@ -140,7 +158,13 @@ def spend(
     for line in _lines(units, report):
         progress.say(line)
     progress.say(f"the recipe of this choice is {file}; {page} shows it")
-    return Spent(file, opened.model, named, report)
+    return Spent(file, opened.model, named, _calibrates(written, units, report["choice"]), report)
+
+
+def _calibrates(written: WrittenRecipe, units: Units, choice: Sequence[int]) -> bool:
+    """Whether the recipe of a choice needs data."""
+    needs_data = any(units.options[option].plan.needs_calibration for option in choice)
+    return needs_data or bool(written.file.kv_cache or written.file.methods)
 
 
 def _limit(written: WrittenRecipe, units: Units) -> float | None:
@@ -164,12 +188,6 @@ def _sizes(written: WrittenRecipe, units: Units) -> list[tuple[int | None, ...]]
 
 def _check_possible(written: WrittenRecipe, units: Units) -> None:
     """InputError for a budget of bytes that not even the smallest schemes keep."""
-    if not units.units:
-        raise InputError(
-            "the engine takes no module that rules with `scheme: budget` select",
-            where=written.document.where((BUDGET,)),
-            fix="name other schemes in the budget, or other modules in its rules",
-        )
     limit = _limit(written, units)
     sizes = _sizes(written, units)
     least = sum(min(nbytes for nbytes in own if nbytes is not None) for own in sizes)
@@ -204,6 +222,8 @@ class _Spending:
         resources: Resources,
         progress: Progress,
     ) -> None:
+        from quantcli.commands.budget.measuring import unmeasured
+
         self._written, self._units, self._text = written, units, text
         self._resources, self._progress = resources, progress
         kept = len(units.options) - 1
@@ -212,7 +232,7 @@ class _Spending:
             [math.fsum(errors.get(m, nothing)[o] for m in unit.modules) for o in range(kept + 1)]
             for unit in units.units
         ]
-        unseen = [u.name for u in units.units if not any(module in errors for module in u.modules)]
+        unseen = unmeasured(units, errors, progress)
         # the most bytes that they may take: nothing says how much less would cost
         self._sizes = _sizes(written, units)
         self._allowed = [
@@ -222,11 +242,8 @@ class _Spending:
             for unit, own in zip(units.units, self._sizes, strict=True)
         ]
         if unseen:
-            progress.say(
-                f"no token reached {len(unseen)} of {len(units.units)} groups of modules, such as "
-                f"`{unseen[0]}`: they take the largest scheme, or stay float"
-            )
-        self._unseen = tuple(unseen)
+            progress.say("they take the largest scheme, or stay float")
+        self._unseen = unseen
 
     def choose(self) -> dict[str, Any]:
         """The report of the choice: confirmed on text that was not measured on, if there is text."""
@@ -237,7 +254,7 @@ class _Spending:
             assert budget.max_ppl_ratio is not None
             return self._by_perplexity(budget.max_ppl_ratio)
         choice = self._allocated(self._allowed, limit)
-        rivals = self._rivals(limit)
+        rivals = [rival for rival in self._rivals(limit) if rival != choice]
         return self._report(*self._confirmed([choice, *rivals]))
 
     def _allocated(self, nbytes: Sequence[Sequence[int | None]], limit: float) -> list[int]:
@@ -295,9 +312,10 @@ class _Spending:
         key = "predicted" if self._text is None else "kl"
         best = min(range(len(candidates)), key=lambda place: (figures[place][key], place))
         if best:
+            by = "by weights alone" if self._text is None else "on held-out text"
             self._progress.say(
-                f"the same scheme for all, {figures[best]['name']}, is better on held-out text than "
-                "the mixture: it is chosen"
+                f"the same scheme for all, {figures[best]['name']}, is better {by} than the mixture: "
+                "it is chosen"
             )
         return candidates[best], figures
 
@@ -423,8 +441,7 @@ def _document(
             rules += chosen
             chosen = []
     table["rules"] = rules
-    needs_data = any(units.options[option].plan.needs_calibration for option in modules)
-    if not (needs_data or written.file.kv_cache or written.file.methods):
+    if not _calibrates(written, units, choice):
         table.pop("calibration", None)
     elif "data" in (block := table.get("calibration", {})) and not block["data"].startswith(
         "datasets:"
