@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,11 @@ import yaml
 import quantcli
 from quantcli.calibration.resources import Resources
 from quantcli.calibration.sensitivity.passes import FloatModel
+from quantcli.commands.budget.options import name_of
 from quantcli.commands.budget.sensitivity import SensitivityOptions, sensitivity
 from quantcli.core.errors import InputError
+from quantcli.core.registry import discover
+from quantcli.schemes.base import Scheme
 from tests.e2e.calibrating import Bench, Models, make_bench
 from tests.e2e.conftest import run_cli
 
@@ -159,6 +163,15 @@ def test_a_rotated_model_is_measured_rotated(bench: Bench) -> None:
         assert "holds another measurement: it is replaced" in done.err
         errors.append(done.json)
     assert notes.exists()
+    with (folder / "sensitivity.json").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = run_cli(*words, "--folder", folder)
+    assert done.code == 3
+    assert "another run is writing here" in done.err
+    (folder / "sensitivity-00001.json").write_text("{")
+    done = run_cli(*words, "--folder", folder)
+    assert done.code == 2
+    assert "delete the file" in done.err
     total, turned, again = (report["schemes"][0]["error"] for report in errors)
     assert len({total, turned, again}) == 3
     assert turned == pytest.approx(total, rel=0.9)
@@ -264,6 +277,14 @@ def test_int4_in_bytes_counts_as_int4(bench: Bench) -> None:
         "w4a4_dynamic",
         "w8a8_dynamic",
     }
+
+
+def test_options_of_schemes_are_named_as_recipes_write_them() -> None:
+    schemes = discover(Scheme)
+    scheme = schemes["w4a16"].model_validate({"group_size": 32, "symmetric": False})
+    assert name_of(scheme) == "w4a16 group_size=32 symmetric=false"
+    assert name_of(schemes["w8a16"](clip="inputs")) == "w8a16 clip=inputs"
+    assert name_of(None) == "keep"
 
 
 def test_sensitivity_without_text(bench: Bench) -> None:

@@ -20,7 +20,7 @@ target: ascend
 calibration: {{data: text.txt, samples: {SAMPLES}, length: {LENGTH}, dtype: float32}}
 rules:
   - match: "*_proj"
-    scheme: {{name: w4a4_flatquant, epochs: 2, batch: 2}}
+    scheme: {{name: w4a4_flatquant, epochs: 1, batch: 2}}
 """
 ONE_DEVICE = RECIPE.replace("target: ascend", "target: {name: ascend, tp: 1}")
 
@@ -239,15 +239,15 @@ BAD = {
         "do not split over 3 devices",
     ),
     "tp of nothing": (ONE_DEVICE.replace("tp: 1", "tp: 0"), "`tp`"),
-    "an unknown fallback": (RECIPE.replace("epochs: 2", "epochs: 2, fallback: w9"), "`fallback`"),
-    "no epochs": (RECIPE.replace("epochs: 2", "epochs: 0"), "`epochs`"),
-    "a clip that is a number": (RECIPE.replace("epochs: 2", "clip: 3"), "`clip`"),
+    "an unknown fallback": (RECIPE.replace("epochs: 1", "epochs: 1, fallback: w9"), "`fallback`"),
+    "no epochs": (RECIPE.replace("epochs: 1", "epochs: 0"), "`epochs`"),
+    "a clip that is a number": (RECIPE.replace("epochs: 1", "clip: 3"), "`clip`"),
     "running inputs": (
         RECIPE.replace("dtype: float32", "inputs: running"),
         "does not go together with `inputs: running`",
     ),
     "experts without a fallback": (
-        RECIPE.replace("{name: w4a4_flatquant, epochs: 2, batch: 2}", "w4a4_dynamic"),
+        RECIPE.replace("{name: w4a4_flatquant, epochs: 1, batch: 2}", "w4a4_dynamic"),
         "no W4A4_DYNAMIC for experts",
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_texts_and_checkpoints_are_compared(checkpoints: list[Path], tmp_path: Path) -> None:
     junit, page = tmp_path / "junit.xml", tmp_path / "page.html"
     files = {"junit": junit, "report": page}
-    done = quantcli.verify(
-        [*reversed(checkpoints)], data=TEXTS, max_kl=1.0, not_worse=True, **files, **RUN
-    )
+    options = {**RUN, "samples": 6, "max_kl": 1.0, "not_worse": True}
+    done = quantcli.verify([*reversed(checkpoints)], data=TEXTS, **files, **options)
     four, eight = done.checkpoints
     assert done.ok, eight.findings
     run = eight.run
     assert run is not None
     assert [text["text"] for text in run["texts"]] == ["evaluation.txt", "calibration.txt"]
-    assert [text["tokens"] for text in run["texts"]] == [3 * 31, 3 * 31]
-    assert [window["text"] for window in run["windows"]] == [0, 0, 0, 1, 1, 1]
+    assert [text["tokens"] for text in run["texts"]] == [6 * 31, 6 * 31]
+    assert [window["text"] for window in run["windows"]] == [0] * 6 + [1] * 6
     kl = [text["kl"]["mean"] for text in run["texts"]]
     assert run["kl"]["mean"] == pytest.approx(sum(kl) / 2, abs=1e-6)
     for figures in (run, *run["texts"]):
@@ -61,8 +61,12 @@ def test_texts_and_checkpoints_are_compared(checkpoints: list[Path], tmp_path: P
     )
     assert [text["text"] for text in eight.compared["texts"]] == ["evaluation.txt", "calibration.txt"]
     assert "better in " in eight.compared["verdict"]
-    assert "calibration.txt: tokens 93; perplexity" in junit.read_text()
+    assert "calibration.txt: tokens 186; perplexity" in junit.read_text()
     assert "window by window" in page.read_text()
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps(quantcli.verify(checkpoints[0]).to_dict()))
+    with pytest.raises(InputError, match="has no windows of a run"):  # before anything runs
+        quantcli.verify(checkpoints[1], data=TEXTS, baseline=earlier, **options)
 
 
 def test_a_limit_holds_for_each_text_and_a_text_is_given_once(

@@ -96,9 +96,14 @@ def test_what_the_replay_does_not_take(task: Path, tmp_path: Path) -> None:
     (source,) = read_tasks([str(refused)])
     with pytest.raises(InputError, match="lets the model write text"):
         tasks.run_tasks([source], [scorer()], 2)
+    absent = write(tmp_path, {"dataset_kwargs": {"data_files": {"test": "absent.jsonl"}}})
     with pytest.raises(InputError, match="refuses the task") as error:
-        tasks.run_tasks(read_tasks(["no_such_task"]), [scorer()], 2)
-    assert error.value.where == "--tasks no_such_task"
+        tasks.run_tasks(read_tasks([str(absent)]), [scorer()], 2)
+    assert error.value.where == f"--tasks {absent}"
+    with pytest.raises(InputError, match="is not a task of lm-evaluation-harness") as error:
+        read_tasks(["helaswag"])  # before anything runs
+    assert error.value.where == "--tasks helaswag"
+    assert "`hellaswag`" in (error.value.fix or "")
 
 
 @pytest.mark.usefixtures("harness")

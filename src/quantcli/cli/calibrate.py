@@ -46,13 +46,18 @@ def calibrate(
     """
     from quantcli.cli.progress import watch
     from quantcli.commands import calibrate as commands
-    from quantcli.commands.job import with_text
+    from quantcli.commands.job import JobOptions, with_text
 
     resources = options.resources_of(device, workers, max_memory, executor, trust=trust_remote_code)
     overrides = with_text(tuple(set_ or ()), data)
     with watch(output) as planning:
         session = commands.plan_calibration(
-            recipe, model=model, out=out, overrides=overrides, fresh=fresh, progress=planning
+            recipe,
+            model=model,
+            out=out,
+            overrides=overrides,
+            options=JobOptions(fresh=fresh, trust_remote_code=trust_remote_code),
+            progress=planning,
         )
     began = time.monotonic()
     with watch(output) as progress:

@@ -94,6 +94,7 @@ def quantize(
             resources.executor,
             signer,
             hash_model,
+            trust_remote_code,
         )
         ordinary = without_budget(
             Request(chosen.recipe, chosen.overrides, model, out, how),

@@ -78,7 +78,15 @@ def release(
 
     resources = options.resources_of(device, workers, max_memory, executor, trust=trust_remote_code)
     chosen = planning.ReleaseOptions(
-        tuple(only or ()), out, workers, fresh, force, calibration, report, resources.executor
+        tuple(only or ()),
+        out,
+        workers,
+        fresh,
+        force,
+        calibration,
+        report,
+        resources.executor,
+        trust_remote_code,
     )
     with watch(output) as progress:
         planned = planning.plan_release(file, model=model, options=chosen, progress=progress)

@@ -38,13 +38,7 @@ def show_verification(out: Output, report: dict[str, Any], modules: int = _MODUL
                 out.line(f"  {what:<34}{value}")
         out.line()
     _layers(out, (report.get("run") or {}).get("layers") or [])
-    if tasks := words.task_rows(report):
-        columns = [*words.TASK_COLUMNS]
-        out.line()
-        out.table(columns, tasks, {*columns[2:-1]})
-        out.line()
-    for trace in (report.get("run") or {}).get("traces") or []:
-        _trace(out, trace)
+    _extras(out, report)
     _change(out, report.get("baseline"))
     _compared(out, report)
     notes = words.spread(words.notes(report))
@@ -73,9 +67,11 @@ def show_several(out: Output, document: dict[str, Any]) -> None:
     out.line()
     out.table([*COLUMNS], rows(reports), RIGHT)
     for name, report in zip(words.short_names(reports), reports, strict=True):
-        if report.get("compared") is not None:
+        run = report.get("run") or {}
+        if report.get("compared") is not None or run.get("tasks") or run.get("traces"):
             out.line()
             out.line(f"{words.literal(name)}:")
+            _extras(out, report)
             _compared(out, report)
 
 
@@ -187,6 +183,17 @@ def _layers(out: Output, layers: list[dict[str, Any]]) -> None:
     failed = sum(not words.is_ok(layer) for layer in layers)
     counted = f"; {failed} of {count(layers, 'layer')} FAILED" if failed else ""
     out.line(f"layer output {words.decibels(worst.get('sqnr_db'))} at worst, {worst['layer']}{counted}")
+
+
+def _extras(out: Output, report: dict[str, Any]) -> None:
+    """What a run did next to the comparison: scores of tasks, and single modules."""
+    if tasks := words.task_rows(report):
+        columns = [*words.TASK_COLUMNS]
+        out.line()
+        out.table(columns, tasks, {*columns[2:-1]})
+        out.line()
+    for trace in (report.get("run") or {}).get("traces") or []:
+        _trace(out, trace)
 
 
 def _trace(out: Output, trace: dict[str, Any]) -> None:

@@ -205,6 +205,7 @@ def _plan(
         parse_executor(options["executor"]),
         signer_of(options["sign"]),
         options["hash_model"],
+        options["trust_remote_code"],
     )
     ordinary = without_budget(
         Request(chosen.recipe, chosen.overrides, given.model, place_of(out), how),
@@ -280,7 +281,7 @@ def calibrate(
         model=given.model,
         out=path_of(out),
         overrides=_changes(options),
-        fresh=options["fresh"],
+        options=JobOptions(fresh=options["fresh"], trust_remote_code=resources.trust_remote_code),
         examples=given.examples,
         progress=progress,
     )

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.commands.job import calibration_folder, default_name, open_both
+from quantcli.commands.job import (
+    USUAL,
+    JobOptions,
+    calibration_folder,
+    default_name,
+    open_both,
+)
 from quantcli.core.errors import InputError
 from quantcli.core.events import SILENT, Progress
 from quantcli.core.place import check_calibration
@@ -24,7 +30,7 @@ def plan_calibration(
     model: str | Checkpoint | None = None,
     out: Path | None = None,
     overrides: tuple[str, ...] = (),
-    fresh: bool = False,
+    options: JobOptions = USUAL,
     examples: Examples | None = None,
     progress: Progress = SILENT,
 ) -> Session:
@@ -32,7 +38,8 @@ def plan_calibration(
 
     recipe: a file, the name of a shipped one, or a mapping with a file's content.
     out: the folder of the calibration; by default it is named after the recipe's output.
-    overrides: `KEY=VALUE` strings that win over the recipe. fresh: do not resume.
+    overrides: `KEY=VALUE` strings that win over the recipe.
+    options: `fresh`, which does not resume, and `trust_remote_code` count.
     examples: the data, in place of what the recipe names.
     Raises InputError for a recipe or a model that cannot be calibrated, or that needs no calibration.
     """
@@ -55,14 +62,15 @@ def plan_calibration(
     from quantcli.recipe.recipe import resolve
 
     resolved = resolve(written)
-    plan = make_plan(resolved, in_basis(resolved, opened.checkpoint))
+    trust = options.trust_remote_code
+    plan = make_plan(resolved, in_basis(resolved, opened.checkpoint, trust_remote_code=trust))
     if not plan.needs_calibration:
         raise InputError(
             "nothing in this recipe needs a calibration",
             where=name_of(recipe),
             fix="`quantcli quantize` converts with it as it is",
         )
-    session = prepare_session(plan, folder, fresh=fresh, examples=examples)
+    session = prepare_session(plan, folder, fresh=options.fresh, examples=examples)
     from quantcli.commands.explain import explain_plan, explain_session
 
     explain_plan(plan, progress)

@@ -86,6 +86,7 @@ class JobOptions:
     executor:    the cluster whose nodes write; None: threads of this process.
     signer:      signs the output; None leaves it unsigned. InputError if there are no hashes to sign.
     hash_model:  record the hashes of the model's weight files; InputError without `checksum`.
+    trust_remote_code: the model's own code may run, which a rotation is planned with.
     """
 
     workers: int | None = None
@@ -97,6 +98,7 @@ class JobOptions:
     executor: Executor | None = None
     signer: Signer | None = None
     hash_model: bool = False
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if self.signer is not None and self.part is not None:

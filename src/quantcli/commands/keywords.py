@@ -82,6 +82,7 @@ class Planning(TypedDict, total=False):
     sign: PathLike | None
     hash_model: bool
     for_: str | None
+    trust_remote_code: bool
 
 
 class Converting(Planning, total=False):
@@ -89,7 +90,6 @@ class Converting(Planning, total=False):
 
     device: str
     max_memory: int | str | None
-    trust_remote_code: bool
 
 
 class Reproducing(TypedDict, total=False):

@@ -80,7 +80,7 @@ def plan(
     from quantcli.recipe.recipe import resolve
 
     loaded = resolve(opened.written)
-    checkpoint = in_basis(loaded, checkpoint)
+    checkpoint = in_basis(loaded, checkpoint, trust_remote_code=options.trust_remote_code)
     planned = make_plan(loaded, checkpoint)
     session = None
     if planned.needs_calibration:

@@ -61,7 +61,7 @@ def run(
             if any(file.resolve().is_relative_to(folder.resolve()) for folder in folders):
                 what = "would become part of the checkpoint that is verified"
                 raise InputError(what, where=f"{option} {file}", fix="give a file outside of it")
-    earlier = _earlier(options.baseline, folders)
+    earlier = _earlier(options.baseline, folders, not_worse=options.not_worse)
     reports: list[dict[str, Any]] = []
     calibrations = calibrations or [options.calibration] * len(folders)
     alike = any(own is not None for own in calibrations)
@@ -100,15 +100,20 @@ def _write_card(folder: Path, report: dict[str, Any], options: VerifyOptions) ->
     return bool(report["ok"])
 
 
-def _earlier(file: Path | None, folders: list[Path]) -> Baseline | None:
-    """The earlier reports to compare with. InputError if one of the folders has none there."""
+def _earlier(file: Path | None, folders: list[Path], *, not_worse: bool) -> Baseline | None:
+    """The earlier reports to compare with. InputError if one of the folders has none there, or if
+    `not_worse` and it holds no windows."""
     if file is None:
         return None
     from quantcli.verification.report.baseline import read_baseline
 
     baseline = read_baseline(file)
     for folder in folders:
-        baseline.of(named(str(folder)))
+        report = baseline.of(named(str(folder)))
+        if not_worse and (report.run is None or not report.run.windows):
+            what = "--not-worse compares runs on text, and the earlier report has no windows of a run"
+            fix = "give what `verify --run --json` printed, or leave out --not-worse"
+            raise InputError(what, where=f"--baseline {file}", fix=fix)
     return baseline
 
 

@@ -139,8 +139,13 @@ def closest(name: str, candidates: Iterable[str], limit: int = 3) -> str:
     return ", ".join(f"`{match}`" for match in matches)
 
 
+_MOST_CHOICES = 40  # to list in a hint
+
+
 def one_of(name: str, choices: Iterable[str]) -> str:
-    """A hint for a misspelt `name`: the closest choices, or all of them if none is close."""
+    """A hint for a misspelt `name`: the closest choices; if none is close all, or the first of many."""
     names = sorted(choices)
-    near = closest(name, names)
-    return f"did you mean {near}?" if near else "known: " + ", ".join(f"`{n}`" for n in names)
+    if near := closest(name, names):
+        return f"did you mean {near}?"
+    rest = f", and {len(names) - _MOST_CHOICES:,} more" if len(names) > _MOST_CHOICES else ""
+    return "known: " + ", ".join(f"`{n}`" for n in names[:_MOST_CHOICES]) + rest

@@ -84,7 +84,8 @@ def verify(
 
     reference = open_reference(against)
     report.add(_other_model(structure, reference.checkpoint, workers, progress))
-    conversion = plan_again(structure, against, options.calibration)
+    trust = options.trust_remote_code
+    conversion = plan_again(structure, against, options.calibration, trust_remote_code=trust)
     if options.run:
         from quantcli.verification.on_text.corpus import read_texts, text_sources
         from quantcli.verification.on_text.run import Extras, verify_run
@@ -92,10 +93,11 @@ def verify(
         from quantcli.verification.on_text.trace import check_modules
 
         check_modules(structure.stored, options.layer or ())
+        if options.tasks:
+            progress.phase("looking the tasks up")
         tasks = read_tasks(options.tasks or ())
 
         # before the long comparison of weights: an error in the text is reported at once
-        trust = options.trust_remote_code
         corpus = read_texts(text_sources(options), reference.checkpoint, progress, trust=trust)
         engine = None
         if options.served is not None:
@@ -110,7 +112,7 @@ def verify(
             engine = Engine(endpoint, endpoint.answers(windows, progress), vocabulary)
     both = weight_files([structure.stored.checkpoint, reference.checkpoint])
     pool = Pool(task_workers, cluster, both)
-    reference = verify_against(structure, reference, pool, progress, trust=options.trust_remote_code)
+    reference = verify_against(structure, reference, pool, progress, trust=trust)
     if conversion is not None:
         read = source_files(conversion.plan, conversion.plan.shards)
         conversion.run(report, Pool(task_workers, cluster, (*both, *read)), progress)

@@ -21,6 +21,7 @@ from quantcli.verification.outcome import CONVERT
 _NEAR_POWER = 0.12  # octaves: an estimate this near to a power of two is taken for it
 _NEARLY, _MOST = 0.4, 0.8  # octaves between estimates of one factor, and the share that must be so near
 _NEARLY_ALL = 0.98  # of rows or columns
+_WITHIN = 5.0  # standard deviations of an estimate: what is nearer is the same
 _CLOSE = 0.02  # relative: factors that are the same
 _AS_GOOD = 1.5  # times the least error: an explanation that is not worse
 _BEST = 1.02  # times the least error: an explanation that no other one beats
@@ -84,14 +85,24 @@ def choose(siblings: Sequence[Pair], norms: Sequence[Candidate]) -> Candidate | 
 
 def fit(pair: Pair, columns: Candidate | None) -> FittedFactors:
     """Row factors, rounded to powers of two if they are near them, and column factors: the given ones,
-    or estimates from all rows."""
+    or estimates from all rows.
+
+    A row's factor is estimated from k rounded numbers: if they are few and have 4 bits, it is off by
+    several percent. Its own deviation counts, but not more than twice the median one: a damaged row
+    does not excuse itself.
+    """
     chosen = _columns(pair, pair.k) if columns is None else columns.columns
-    rows = []
+    rows, deviations = [], []
     for w, d in pair:
         w *= chosen
         ww = torch.linalg.vecdot(w, w)
-        rows.append(torch.where(ww > 0, torch.linalg.vecdot(w, d) / ww, 1.0))
-    return FittedFactors(_snap(torch.cat(rows)), chosen)
+        factors = torch.where(ww > 0, torch.linalg.vecdot(w, d) / ww, 1.0)
+        rest = torch.linalg.vecdot(d, d) - factors.square() * ww
+        deviations.append(torch.where(ww > 0, rest.clamp_min(0) / (ww * max(1, pair.k - 1)), 0.0))
+        rows.append(factors)
+    noise = torch.cat(deviations).sqrt()
+    noise = noise.clamp_max(2 * float(noise.median()))
+    return FittedFactors(_snap(torch.cat(rows), noise), chosen)
 
 
 def _explained(w: Tensor, d: Tensor, columns: Tensor) -> tuple[float, float]:
@@ -140,15 +151,19 @@ def _nearly_one(rows: Tensor) -> Tensor:
     return median.expand_as(rows) if float(near.float().mean()) > _NEARLY_ALL else rows
 
 
-def _snap(factors: Tensor) -> Tensor:
+def _snap(factors: Tensor, noise: Tensor | None = None) -> Tensor:
     """Powers of two if nearly all factors are near them; else the factors.
+
+    noise: standard deviations of estimates near 1.
 
     What was divided so much that all codes are 0 has no estimate: it takes the smallest of the rest.
     """
     usable = torch.isfinite(factors) & (factors > 0)
     factors = torch.where(usable, factors, factors[usable].min() if bool(usable.any()) else 1.0)
     octaves = factors.log2()
-    near = (octaves - octaves.round()).abs() < _NEAR_POWER
+    noise = torch.zeros_like(octaves) if noise is None else noise
+    limits = (1 + _WITHIN * noise).log2().clamp_min(_NEAR_POWER)
+    near = (octaves - octaves.round()).abs() < limits
     if float(near.float().mean()) > _NEARLY_ALL:
         return octaves.round().exp2()
     return factors

@@ -11,6 +11,10 @@ from typing import Any
 from quantcli.core.cluster.executor import THREADS, Executor, parse_executor
 from quantcli.core.errors import InputError
 
+# Windows that decide whether a checkpoint is better: if there is no difference, all of six changes have
+# one sign in 3 % of cases, all of five in 6 %, which is more than a 95 % interval allows.
+LEAST_WINDOWS = 6
+
 
 def _option(help_: str, default: Any = None, **more: Any) -> Any:
     """A field with its default; its metadata are for the command line: `help`, `metavar`, `min`."""
@@ -111,6 +115,11 @@ class VerifyOptions:
         if self.not_worse and not (self.run and (self.others or self.baseline)):
             what = "--not-worse compares runs on text, and there is one"
             raise InputError(what, fix="add --run, and another checkpoint or --baseline OLD.json")
+        if self.not_worse and self.samples < LEAST_WINDOWS:
+            what = f"--not-worse needs {LEAST_WINDOWS} windows of each text: fewer decide nothing"
+            raise InputError(what, where=f"--samples {self.samples}", fix="raise it, or leave it out")
+        if self.task_docs is not None and not self.tasks:
+            raise InputError("--task-docs has no effect without --tasks", fix="add --tasks TASK")
         if self.served is not None and self.others:
             what = "--served asks one server, and there are several checkpoints"
             raise InputError(what, fix="give the one that it serves")

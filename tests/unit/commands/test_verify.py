@@ -74,6 +74,18 @@ def test_the_document(made):
         ({"min_sqnr": 30.0}, "--min-sqnr has no effect without --against MODEL"),
         ({"min_sqnr": float("nan"), "against": "m"}, "nan is not a limit"),
         ({"tp": "1,0"}, "tensor parallel sizes are whole numbers"),
+        ({"task_docs": 3}, "--task-docs has no effect without --tasks"),
+        (
+            {
+                "run": True,
+                "against": "m",
+                "data": ["t"],
+                "others": ["o"],
+                "not_worse": True,
+                "samples": 5,
+            },
+            "--not-worse needs 6 windows of each text: fewer decide nothing",
+        ),
     ],
 )
 def test_options_without_a_meaning(options, what):

@@ -44,4 +44,6 @@ def test_closest_comes_first():
 def test_one_of_falls_back_to_all_in_order():
     assert one_of("kep", ["w8a16", "keep"]) == "did you mean `keep`?"
     assert one_of("zzz", ["w8a16", "keep"]) == "known: `keep`, `w8a16`"
+    many = one_of("zzz", [f"module.{n:04}" for n in range(2000)])
+    assert many.endswith("`module.0039`, and 1,960 more")
     assert one_of("kep", {"keep": 1}) == "did you mean `keep`?"

@@ -75,6 +75,21 @@ def test_the_terminal_has_the_verdicts_and_the_table(three, capsys):
     assert [line.split()[0] for line in table[1:]] == ["qwen3-w8a8", "other", "short"]
 
 
+def test_the_terminal_has_tasks_and_traces_of_each(three, capsys):
+    task = {"task": "ends", "metric": "acc", "documents": 9, "reference": 0.5, "checkpoint": 0.25,
+            "change": -0.25, "interval": None, "better": None}  # fmt: skip
+    trace = {"module": "layers.0.q", "label": "W8A8", "numerics": "int8", "tokens": 64, "edited": None,
+             "input_db": 30.0, "output_db": 29.0, "alone_db": 31.0, "worst_outputs": [],
+             "sources": [], "worst_inputs": [], "worst_tokens": []}  # fmt: skip
+    run = {**(three[0]["run"] or {}), "tasks": [task], "traces": [trace]}
+    show_several(
+        Output(as_json=False), {"ok": False, "checkpoints": [{**three[0], "run": run}, three[1]]}
+    )
+    printed = capsys.readouterr().out
+    assert "ends  acc" in printed
+    assert "module       layers.0.q" in printed
+
+
 def test_the_answer_is_no_if_one_fails(three):
     no = failure(*three)
     assert no.what == "verification failed: 7 errors (7 sqnr)"

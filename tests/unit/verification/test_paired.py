@@ -50,6 +50,17 @@ def test_noise_is_not_a_difference():
     assert compare_runs(run([0.1]), run([0.2]))["verdict"].startswith("no interval")
 
 
+def test_few_windows_decide_nothing():
+    """Five changes have one sign by chance too often."""
+    base = np.array([0.1, 0.3, 0.2, 0.5, 0.4, 0.6])
+    few, enough = (compare_runs(run(base[:n]), run(base[:n] + 0.01)) for n in (5, 6))
+    assert figures(few)["kl"]["interval"][0] > 0
+    assert {figure["better"] for figure in few["figures"]} == {None}
+    assert few["verdict"] == "5 windows decide nothing: 6 or more are needed"
+    assert figures(enough)["kl"]["better"] is False
+    assert "worse in" in enough["verdict"]
+
+
 def test_other_windows_are_not_compared():
     one = run([0.1, 0.2, 0.3])
     for other in (
@@ -65,11 +76,11 @@ def test_other_windows_are_not_compared():
 
 
 def test_worse_on_one_text_is_an_error_of_that_text():
-    before = run([0.1, 0.2, 0.3, 0.1, 0.2, 0.3], texts=("a", "b"))
+    before = run([0.1, 0.2, 0.3] * 4, texts=("a", "b"))
     now = copy.deepcopy(before)
-    for window in now["windows"][3:]:
+    for window in now["windows"][6:]:
         window["kl"] += 0.001
-    for window in now["windows"][:3]:
+    for window in now["windows"][:6]:
         window["kl"] -= 0.002
     comparison = compare_runs(before, now)
     assert [figures(text)["kl"]["better"] for text in comparison["texts"]] == [True, False]

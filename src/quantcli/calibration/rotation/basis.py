@@ -16,10 +16,11 @@ from quantcli.planning.plan import Plan, quantized_items
 from quantcli.recipe.recipe import Recipe
 
 
-def in_basis(recipe: Recipe, checkpoint: Checkpoint) -> Checkpoint:
+def in_basis(recipe: Recipe, checkpoint: Checkpoint, *, trust_remote_code: bool) -> Checkpoint:
     """The checkpoint in the basis that the recipe's `rotate` asks for; as it is without that.
 
-    No weight is read. InputError with the place in the recipe for a model that cannot be rotated.
+    No weight is read. trust_remote_code: the model's own code may run, which says what its stream is.
+    InputError with the place in the recipe for a model that cannot be rotated.
     """
     block = recipe.file.rotate
     if block is None or checkpoint.rotation is not None:
@@ -30,7 +31,7 @@ def in_basis(recipe: Recipe, checkpoint: Checkpoint) -> Checkpoint:
 
     checkpoint = decoded(checkpoint)
     try:
-        places = find_places(checkpoint, residual=block.residual)
+        places = find_places(checkpoint, trust_remote_code=trust_remote_code, residual=block.residual)
         if block.heads and not block.residual and not places.heads:
             raise InputError("no attention of the model has values that can be rotated by heads")
         rotation = hadamard_rotation(

@@ -8,6 +8,7 @@ sensitivity-00003.json     a layer: by module, the KL of each scheme
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from quantcli.core.untrusted.tables import read_table
 from quantcli.planning.budget.units import Option
 
 HEAD = "sensitivity.json"
+_DAMAGED = "delete the file: the layer is measured again"
 _LAYERS, _STATES = "sensitivity-*.json", "*states-*"
 
 
@@ -109,14 +111,14 @@ def _stored(folder: Path, index: int, options: int) -> Errors | None:
     path = _path(folder, index)
     if not path.exists():
         return None
-    table = read_table(path)
+    table = read_table(path, fix=_DAMAGED)
     errors: Errors = {}
     for module in table:
         values = table.sequence(module)
-        sound = all(isinstance(value, int | float) and value >= 0 for value in values)
+        sound = all(isinstance(value, int | float) and 0 <= value < math.inf for value in values)
         if len(values) != options or not sound:
             what = "the file does not hold a measurement"
-            raise InputError(what, where=str(path), fix="delete its folder")
+            raise InputError(what, where=str(path), fix=_DAMAGED)
         errors[module] = [float(value) for value in values]
     return errors
 
@@ -146,8 +148,8 @@ def _begin(how: Measuring, progress: Progress) -> None:
         if head.exists() and head.read_bytes() == content:
             return
         if head.exists():
-            progress.say(f"{how.folder} holds another measurement: it is replaced")
             with _locked(how.folder):
+                progress.say(f"{how.folder} holds another measurement: it is replaced")
                 for file in [*how.folder.glob(_LAYERS), *how.folder.glob(_STATES)]:
                     file.unlink()
         write_file(head, content)

@@ -11,6 +11,7 @@ from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.checkpoint.roles import roles_of
 from quantcli.core.errors import InputError
 from quantcli.core.registry import discover
+from quantcli.core.untrusted.yaml_text import write_value
 from quantcli.planning.budget.units import Option
 from quantcli.planning.plan import Plan, quantized_items
 from quantcli.planning.planner import make_plan
@@ -93,11 +94,16 @@ def name_of(scheme: Scheme | None) -> str:
         return KEEP
     usual = type(scheme)().model_dump(by_alias=True)
     changed = scheme.model_dump(by_alias=True).items()
-    return " ".join([scheme.name, *(f"{key}={value}" for key, value in changed if value != usual[key])])
+    options = (f"{key}={write_value(v)}" for key, v in changed if v != usual[key])
+    return " ".join([scheme.name, *options]).replace('"', "")
 
 
 def options_of(
-    written: WrittenRecipe, schemes: Sequence[Scheme], checkpoint: Checkpoint
+    written: WrittenRecipe,
+    schemes: Sequence[Scheme],
+    checkpoint: Checkpoint,
+    *,
+    trust_remote_code: bool,
 ) -> list[Option]:
     """An option for each scheme, and one for floats at last, planned without statistics.
 
@@ -109,7 +115,7 @@ def options_of(
     named = written.file.budget.schemes is not None
     unquantized = resolve(_with_rule(written, KEEP))
     _check_methods(written, unquantized)
-    checkpoint = in_basis(unquantized, checkpoint)
+    checkpoint = in_basis(unquantized, checkpoint, trust_remote_code=trust_remote_code)
     kept = make_plan(unquantized, checkpoint)
     modules: set[str] = set()
     for scheme in schemes:

@@ -90,7 +90,8 @@ def sensitivity(
 
     resources = resources or Resources(workers=default_workers())
     written = opened.written
-    variants = options_of(written, schemes_of(written), opened.checkpoint)
+    trust = resources.trust_remote_code
+    variants = options_of(written, schemes_of(written), opened.checkpoint, trust_remote_code=trust)
     source = measuring.source_of(variants[0].plan)
     given = {"--only": options.only, "--folder": options.folder}
     if source is None and (unused := [f"{name} {value}" for name, value in given.items() if value]):

@@ -130,7 +130,8 @@ def spend(
     resources = resources or Resources()
     place = destination_of(named, progress)
     accepted_place(place, options, opened.checkpoint.path)
-    variants = options_of(written, schemes_of(written), opened.checkpoint)
+    trust = resources.trust_remote_code
+    variants = options_of(written, schemes_of(written), opened.checkpoint, trust_remote_code=trust)
     if options.calibration is not None and not any(v.plan.needs_calibration for v in variants):
         raise needless("--calibration", options.calibration)
     _check_possible(written, units_of(variants))

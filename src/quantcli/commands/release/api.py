@@ -62,6 +62,7 @@ def release(
         path_of(options["calibration"]),
         path_of(options["report"]),
         resources.executor,
+        resources.trust_remote_code,
     )
     planned = planning.plan_release(
         file if isinstance(file, Mapping) else str(file),

@@ -54,6 +54,7 @@ class ReleaseOptions:
     calibration: the folder of a calibration to use or to make; None: OUTPUT.calibration.
     page:        the HTML page to write.
     executor:    the cluster whose nodes work; None: threads of this process.
+    trust_remote_code: the model's own code may run, which a rotation is planned with.
     """
 
     only: tuple[str, ...] = ()
@@ -64,6 +65,7 @@ class ReleaseOptions:
     calibration: Path | None = None
     page: Path | None = None
     executor: Executor | None = None
+    trust_remote_code: bool = False
 
     def of_run(self) -> RunOptions:
         """The options of the conversions."""
@@ -158,7 +160,9 @@ def plan_release(
     plans = []
     for entry, recipe in zip(entries, recipes, strict=True):
         with naming(entry):
-            plans.append(_plan_of(written, entry, recipe, checkpoint, progress))
+            trust = options.trust_remote_code
+            plan = _plan_of(written, entry, recipe, checkpoint, progress, trust_remote_code=trust)
+            plans.append(plan)
     joint, notes = _calibrated(written, plans, options, output, base, progress)
     if joint is not None:
         for entry, place in zip(entries, places, strict=True):
@@ -241,6 +245,8 @@ def _plan_of(
     recipe: WrittenRecipe,
     checkpoint: Checkpoint,
     progress: Progress,
+    *,
+    trust_remote_code: bool,
 ) -> Plan:
     """The plan of a checkpoint, before its calibration."""
     from quantcli.calibration.rotation.basis import in_basis
@@ -251,7 +257,8 @@ def _plan_of(
     resolved = resolve(recipe)
     if written.calibration and _needs_data(resolved):
         resolved = load_recipe(entry.recipe, (*written.calibration, *entry.overrides))
-    plan = make_plan(resolved, in_basis(resolved, checkpoint))
+    checkpoint = in_basis(resolved, checkpoint, trust_remote_code=trust_remote_code)
+    plan = make_plan(resolved, checkpoint)
     progress.detail(f"checkpoint `{entry.name}`, recipe {entry.recipe}:")
     explain_plan(plan, progress)
     return plan

@@ -227,7 +227,8 @@ def _plan(attempt: Attempt, resources: Resources, progress: Progress) -> Work:
     from quantcli.planning.planner import make_plan
 
     recipe = _recipe(attempt)
-    checkpoint = in_basis(recipe, attempt.checkpoint)
+    trust = resources.trust_remote_code
+    checkpoint = in_basis(recipe, attempt.checkpoint, trust_remote_code=trust)
     plan = make_plan(recipe, checkpoint)
     wish = attempt.wish
     if plan.needs_calibration:

@@ -33,15 +33,17 @@ class _Unusable(Exception):
     """Nothing can be recomputed; the reason as text."""
 
 
-def plan_again(structure: Structure, model: Path, calibration: Path | None) -> Recomputation | None:
+def plan_again(
+    structure: Structure, model: Path, calibration: Path | None, *, trust_remote_code: bool
+) -> Recomputation | None:
     """The conversion of `model` by which a checkpoint was made; None if it is not known.
 
     The reason goes to the report then. calibration: the folder that `quantize` kept. InputError for
-    one of something else, or of no use.
+    one of something else, or of no use. trust_remote_code: as of `in_basis`.
     """
     report = structure.report
     try:
-        return _plan_again(structure, model, calibration)
+        return _plan_again(structure, model, calibration, trust_remote_code=trust_remote_code)
     except _Unusable as reason:
         if calibration is not None:
             what = f"the calibration was not used: {reason}"
@@ -52,7 +54,9 @@ def plan_again(structure: Structure, model: Path, calibration: Path | None) -> R
         return None
 
 
-def _plan_again(structure: Structure, model: Path, calibration: Path | None) -> Recomputation:
+def _plan_again(
+    structure: Structure, model: Path, calibration: Path | None, *, trust_remote_code: bool
+) -> Recomputation:
     manifest, stored, target = structure.manifest, structure.stored, structure.target
     assert stored is not None
     assert target is not None
@@ -74,7 +78,9 @@ def _plan_again(structure: Structure, model: Path, calibration: Path | None) -> 
             raise _Unusable(f"MODEL cannot be packed as the manifest says: {error.what}") from None
     if not packed and not same:
         raise _Unusable("the manifest names another source than MODEL, by headers and config.json")
-    conversion, calibrated = _conversion(structure, checkpoint, calibration, packed=packed)
+    conversion, calibrated = _conversion(
+        structure, checkpoint, calibration, packed=packed, trust_remote_code=trust_remote_code
+    )
     same_version = _same_version(structure, conversion)
     if packed:
         return Recomputation(conversion, stored, target, calibrated, same_version)
@@ -96,7 +102,12 @@ def _same_version(structure: Structure, plan: Work) -> bool:
 
 
 def _conversion(
-    structure: Structure, checkpoint: Checkpoint, calibration: Path | None, *, packed: bool
+    structure: Structure,
+    checkpoint: Checkpoint,
+    calibration: Path | None,
+    *,
+    packed: bool,
+    trust_remote_code: bool,
 ) -> tuple[Plan, bool]:
     """The plan, and whether it has the results of calibration.
 
@@ -104,7 +115,7 @@ def _conversion(
     """
     recipe = _recipe(structure, SOURCE_RECIPE if packed else RECIPE_FILE)
     try:
-        checkpoint = in_basis(recipe, checkpoint)
+        checkpoint = in_basis(recipe, checkpoint, trust_remote_code=trust_remote_code)
         plan = make_plan(recipe, checkpoint)
     except InputError as error:
         raise _Unusable(f"MODEL does not fit the manifest's recipe: {error.what}") from None

@@ -33,8 +33,9 @@ class Engine:
         self._least = min((len(some) for each in named for some in each or ()), default=0)
         self._covered: list[float] = []
         self._windows, self._replayed = Windows(), Windows()
-        for answer in answers if vocabulary is not None and self._by_id else ():
-            self._check(answer, vocabulary or 0)
+        if vocabulary is not None and self._by_id:
+            for answer in answers:
+                self._check(answer, vocabulary)
 
     def add(self, expected: Tensor, actual: Tensor, batch: Batch, text: int) -> None:
         """Logits [batch, length, vocabulary] of the other model, and of the checkpoint as it is

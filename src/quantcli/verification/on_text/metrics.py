@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from quantcli.verification.options import LEAST_WINDOWS
+
 Array: TypeAlias = NDArray[np.float64]
 Columns: TypeAlias = Mapping[str, Array]  # numbers of windows by name: [..., windows]
 
@@ -106,6 +108,16 @@ def interval(
     found = [value({key: column[picks] for key, column in columns.items()}) for picks in _picks(places)]
     low, high = np.quantile(np.concatenate(found), (0.025, 0.975)).tolist()
     return [low, high]
+
+
+def better(ends: list[float] | None, count: int, *, more_is_better: bool) -> bool | None:
+    """Whether a change is for the better; None if it is not known.
+
+    ends: the interval of the change. count: of windows, or documents, that it is of.
+    """
+    if ends is None or count < LEAST_WINDOWS or ends[0] <= 0 <= ends[1]:
+        return None
+    return (ends[0] > 0) == more_is_better
 
 
 def _picks(places: Sequence[NDArray[np.intp]]) -> Iterator[NDArray[np.intp]]:

@@ -10,6 +10,7 @@ from typing import Any
 from quantcli.core.findings import Finding, failed
 from quantcli.verification.on_text import metrics
 from quantcli.verification.on_text.metrics import Columns, Metric
+from quantcli.verification.options import LEAST_WINDOWS
 
 CHECK = "not worse"
 _AGAIN = "run both on the same texts, with the same --samples and --length, against the same MODEL"
@@ -22,7 +23,7 @@ def compare_runs(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
 
     figures: "name", "key", "before", "now", "change", "interval", "better" of each metric. The change
              of perplexity is relative, others are differences. better: whether `now` is nearer to the
-             reference; None if the interval holds zero, or there is none.
+             reference; None if the interval holds zero, if there is none, or if windows are too few.
     texts:   "text", "figures" and "verdict" of each text, if there are several.
     verdict: one sentence.
     """
@@ -38,8 +39,8 @@ def compare_runs(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
         places = [place for place, owner in enumerate(owners) if owner == number]
         old, new = ({key: column[places] for key, column in each.items()} for each in columns)
         own = _figures(old, new, [number] * len(places))
-        texts.append({"text": name, "figures": own, "verdict": verdict(own)})
-    return {"figures": figures, "texts": texts, "verdict": verdict(figures)}
+        texts.append({"text": name, "figures": own, "verdict": verdict(own, len(places))})
+    return {"figures": figures, "texts": texts, "verdict": verdict(figures, len(owners))}
 
 
 def _same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -78,9 +79,6 @@ def _figure(metric: Metric, before: Columns, now: Columns, texts: Sequence[int])
             for key, column in columns.items()}  # fmt: skip
     change = partial(_change, metric.change)
     ends = metrics.interval(change, both, texts)
-    better = None
-    if ends is not None and (ends[0] > 0 or ends[1] < 0):
-        better = (ends[0] > 0) == metric.more_is_better
     return {
         "name": metric.name,
         "key": metric.key,
@@ -88,7 +86,7 @@ def _figure(metric: Metric, before: Columns, now: Columns, texts: Sequence[int])
         "now": round(float(metric.value(now)), 6),
         "change": round(float(change(both)), 8),
         "interval": None if ends is None else [round(end, 8) for end in ends],
-        "better": better,
+        "better": metrics.better(ends, len(texts), more_is_better=metric.more_is_better),
     }
 
 
@@ -101,10 +99,15 @@ def _change(change: Callable[[Columns, Columns], metrics.Array], both: Columns) 
     return change(old, new)
 
 
-def verdict(figures: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence: in what a checkpoint is better, in what worse, and where no difference is seen."""
+def verdict(figures: Sequence[Mapping[str, Any]], windows: int) -> str:
+    """One sentence: in what a checkpoint is better, in what worse, and where no difference is seen.
+
+    windows: how many the figures are of.
+    """
     if all(figure["interval"] is None for figure in figures):
         return "no interval: each text needs two windows or more"
+    if windows < LEAST_WINDOWS:
+        return f"{windows} windows decide nothing: {LEAST_WINDOWS} or more are needed"
     parts = []
     for better, text in ((True, "better in"), (False, "worse in"), (None, "no difference is seen in")):
         names = [figure["name"] for figure in figures if figure["better"] is better]

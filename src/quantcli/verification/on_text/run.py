@@ -104,6 +104,12 @@ def verify_run(
         if counts[0] != counts[1]:
             report.add([_other_model("numbers of layers", *counts)])
             return
+        predicts = models[0].skeleton.predicts_text
+        follows = predicts and not models[0].skeleton.two_stacks
+        if not follows and (engine is not None or extras.tasks):
+            what = "--served and --tasks need a model that predicts what follows a text"
+            fix = "leave out --served and --tasks"
+            raise InputError(what, where=str(reference.checkpoint.path), fix=fix)
         least = _least_sqnr(structure.stored.modules.values())
         tokenizer = tokenizer_of(reference.checkpoint.path, trust_remote_code=trust)
         tracer = Tracer(ours, reference, corpus, tokenizer.texts)
@@ -113,12 +119,6 @@ def verify_run(
             return
         sums = Predictions(ahead=0 if models[0].skeleton.two_stacks else 1)
         outputs = Outputs(least)
-        predicts = models[0].skeleton.predicts_text
-        follows = predicts and not models[0].skeleton.two_stacks
-        if not follows and (engine is not None or extras.tasks):
-            what = "--served and --tasks need a model that predicts what follows a text"
-            fix = "leave out --served and --tasks"
-            raise InputError(what, where=str(reference.checkpoint.path), fix=fix)
         progress.phase("predicting tokens" if predicts else "computing outputs")
         for expected, actual, batch, text in zip(
             models[0].logits(), models[1].logits(), corpus.batches, corpus.texts, strict=True

@@ -26,7 +26,7 @@ from quantcli.calibration.text.documents import sentence
 from quantcli.calibration.text.tokenizer import Tokenizer
 from quantcli.checkpoint.checkpoint import Checkpoint
 from quantcli.core.environment import environment
-from quantcli.core.errors import InputError, MachineError, QuantError
+from quantcli.core.errors import InputError, MachineError, QuantError, one_of
 from quantcli.core.events import Progress
 from quantcli.core.text import pip_install
 from quantcli.recipe.document import load_document
@@ -42,10 +42,11 @@ _QUIET = {"TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 @dataclass(frozen=True)
 class TaskSource:
-    """A task: its name in the harness, or the content of a file."""
+    """A task: its name in the harness, or the content of a file. index: the harness's list of tasks."""
 
     name: str
     task: str | dict[str, Any]
+    index: Any
 
     @property
     def where(self) -> str:
@@ -55,14 +56,24 @@ class TaskSource:
 
 def read_tasks(names: Sequence[str]) -> list[TaskSource]:
     """The tasks of these names, and of these YAML files. MachineError if the harness is not installed;
-    InputError for a file that is not a task."""
-    if names and importlib.util.find_spec("lm_eval") is None:
+    InputError for a file that is not a task, and for a name that the harness does not know."""
+    if not names:
+        return []
+    if importlib.util.find_spec("lm_eval") is None:
         what = "tasks need the package `lm-eval`"
         raise MachineError(what, where=f"--tasks {names[0]}", fix=pip_install("eval"))
-    return [
-        TaskSource(name, _content(name) if name.endswith(_SUFFIXES) else name)
-        for name in dict.fromkeys(names)
-    ]
+    found = {
+        name: _content(name) if name.endswith(_SUFFIXES) else name for name in dict.fromkeys(names)
+    }
+    with _quiet():
+        from lm_eval.tasks import TaskManager
+
+        index = TaskManager()  # reads thousands of files: once
+    for name in (name for name, task in found.items() if task == name):
+        if name not in index.all_tasks:
+            what = "is not a task of lm-evaluation-harness, nor a file that ends with .yaml"
+            raise InputError(what, where=f"--tasks {name}", fix=one_of(name, index.all_tasks))
+    return [TaskSource(name, task, index) for name, task in found.items()]
 
 
 def _content(name: str) -> dict[str, Any]:
@@ -198,6 +209,7 @@ def _evaluate(source: TaskSource, scorer: Scorer, documents: int | None) -> dict
             found = lm_eval.simple_evaluate(
                 model=_adapter(scorer, source.where),
                 tasks=[source.task],
+                task_manager=source.index,
                 limit=documents,
                 bootstrap_iters=0,
                 log_samples=True,
@@ -209,7 +221,7 @@ def _evaluate(source: TaskSource, scorer: Scorer, documents: int | None) -> dict
         raise MachineError(what, where=source.where, fix=fix) from None
     except Exception as error:  # code of the harness, or of the task
         what = f"lm-evaluation-harness refuses the task: {sentence(error)}"
-        fix = "`lm-eval ls tasks` lists names; a file is described in lm-eval's task guide"
+        fix = "compare the file with lm-eval's task guide"
         raise InputError(what, where=source.where, fix=fix) from None
     if not isinstance(found, dict) or not found.get("results"):
         raise InputError("the task gives no results", where=source.where, fix="give another task")
@@ -290,7 +302,7 @@ def rolling(
 def _beginning(first: int | None) -> list[int]:
     if first is None:
         what = "the tokenizer has no token that begins or ends a text, which the task needs"
-        raise InputError(what, fix="take a task whose contexts are not empty")
+        raise InputError(what, where="--tasks", fix="take a task whose contexts are not empty")
     return [first]
 
 
@@ -304,12 +316,11 @@ def _reports(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Task
             if not _is_score(score) or not _is_score(old) or metric.endswith("_stderr") or not kind:
                 continue
             each = [_by_document(own, metric, kind) for own in samples]
-            ends = better = None
+            ends = None
             if each[0] and len(each[0]) == len(each[1]) > 1:
                 columns = metrics.columns_of_scores(*each)
                 ends = metrics.interval(_difference, columns, [0] * len(each[0]))
-            if ends is not None and (ends[0] > 0 or ends[1] < 0):
-                better = (ends[0] > 0) != metric.endswith(_LESS_IS_BETTER)
+            more_is_better = not metric.endswith(_LESS_IS_BETTER)
             yield TaskReport(
                 task=str(task),
                 metric=metric if kind == "none" else f"{metric} ({kind})",
@@ -318,7 +329,7 @@ def _reports(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Task
                 checkpoint=round(float(score), 6),
                 change=round(float(score) - float(old), 6),
                 interval=None if ends is None else [round(end, 6) for end in ends],
-                better=better,
+                better=metrics.better(ends, len(each[0]), more_is_better=more_is_better),
             )
 
 

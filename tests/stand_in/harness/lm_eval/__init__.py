@@ -11,12 +11,19 @@ from types import SimpleNamespace
 from typing import Any
 
 from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 
 
 def simple_evaluate(
-    model: LM, tasks: list[Any], limit: int | None, bootstrap_iters: int, log_samples: bool
+    model: LM,
+    tasks: list[Any],
+    task_manager: TaskManager,
+    limit: int | None,
+    bootstrap_iters: int,
+    log_samples: bool,
 ) -> dict[str, Any]:
     """Scores and samples by task, as the harness returns them."""
+    assert isinstance(task_manager, TaskManager)
     assert isinstance(model, LM)
     assert log_samples
     assert not bootstrap_iters
