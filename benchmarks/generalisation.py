@@ -36,12 +36,14 @@ CHANGE, KL = COLUMNS.index("change"), COLUMNS.index("kl")
 INT4_LINEARS = Subject(
     "w4a4_dynamic", variant="all", sets=("rules.0.scheme=w4a4_dynamic", "rules.0.optional=true")
 )
-# recipes that need a text, and those that do the same without
+# recipes that need a text, and those that do the same without. Static formats need one; of them,
+# smoothing is judged next to the same without smoothing.
 SIBLINGS = {
     "w4a16_gptq": Subject("vllm_w4a16"),
     "w4a16_awq": Subject("vllm_w4a16"),
     "w4a16_awq_gptq": Subject("vllm_w4a16"),
     "w8a8_dynamic_smooth": Subject("w8a8_dynamic"),
+    "w8a8_static_smooth": Subject("w8a8_static", variant="unsmoothed", sets=("smooth=null",)),
     "vllm_int8_dynamic_smooth": Subject("vllm_int8_dynamic"),
     "fp8_dynamic_clip": Subject("fp8_dynamic"),
     "vllm_fp8_dynamic_clip": Subject("vllm_fp8_dynamic"),
@@ -52,7 +54,6 @@ SIBLINGS = {
 # formats that store what a text measures; they are judged next to the nearest one that does not
 STATIC = {
     "w8a8_static": Subject("w8a8_dynamic"),
-    "w8a8_static_smooth": Subject("w8a8_dynamic"),
     "vllm_int8_static": Subject("vllm_int8_dynamic"),
     "fp8_static": Subject("fp8_dynamic"),
     "vllm_fp8_static": Subject("vllm_fp8_dynamic"),
@@ -71,6 +72,14 @@ OPTIONS = [
             "vllm_w4a16",
             variant="clip-inputs",
             sets=("rules.0.scheme={name: w4a16, group_size: auto, clip: inputs}",),
+        ),
+        "vllm_w4a16",
+    ),
+    (
+        Subject(
+            "w4a16_gptq",
+            variant="learned",
+            sets=("rules.0.scheme={name: w4a16, group_size: auto, weight_rounding: learned}",),
         ),
         "vllm_w4a16",
     ),

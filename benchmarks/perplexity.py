@@ -94,9 +94,9 @@ def main() -> None:
         print(f"{'float':<24} {result['float']:.4f}")
         for name in cached(Path(folder)) if given.caches else given.recipes:
             sets = list(given.set)
-            if given.data and "dynamic" not in name:
-                sets.append(f"calibration.data={given.data}")
             path = Path(name) if name.endswith(".yaml") else ROOT / f"recipes/{name}.yaml"
+            if given.data and "\ncalibration:" in path.read_text():
+                sets.append(f"calibration.data={given.data}")
             out = Path(folder) / path.stem
             job = commands.plan(path, model=str(model), out=out, overrides=tuple(sets))
             commands.quantize(job)

@@ -58,7 +58,7 @@ def int4(recipe: str, group: int, more: str = "", **fields: Any) -> Subject:
     options = [INT4[recipe], f"group_size: {group}", *filter(None, [more])]
     variant = "-".join([f"g{group}", *more.split(": ")]).rstrip("-")
     return Subject(
-        recipe, variant=variant, sets=(f"rules.1.scheme={{{', '.join(options)}}}",), **fields
+        recipe, variant=variant, sets=(f"rules.0.scheme={{{', '.join(options)}}}",), **fields
     )
 
 
@@ -88,6 +88,13 @@ SUBJECTS = [
     Subject("int8-static-smooth", LLM_COMPRESSOR, "int8 static, smoothed"),
     int4("w4a16_gptq", 64, cell="int4 g64, by data"),
     int4("w4a16_gptq", 32),
+    Subject(
+        "w4a16_gptq",
+        variant="g64-learned",
+        sets=("rules.0.scheme={name: w4a16, weight_rounding: learned, group_size: 64}",),
+        cell="int4 g64, by data",
+        bar=0.11,
+    ),
     int4("w4a16_awq", 64, cell="int4 g64, by data"),
     int4("w4a16_awq_gptq", 64, cell="int4 g64, by data"),
     int4("vllm_w4a16", 64, "clip: inputs", cell="int4 g64, by data", bar=0.30),
@@ -96,8 +103,16 @@ SUBJECTS = [
     Subject("int4-g64-opt", AUTO_ROUND, "int4 g64, by data", slow=True),
     Subject("int4-g64-sign", AUTO_ROUND, "int4 g64, by data", slow=True),
     *(
-        Subject(name, variant="float-qkv", sets=('rules.1.match=["*.o_proj", "*.mlp.*"]',))
+        Subject(
+            name,
+            variant="float-qkv",
+            sets=('rules.0={match: ["*.o_proj", "*.mlp.*"], scheme: fp8_block}', "expect=null"),
+        )
         for name in ("fp8_block", "vllm_fp8_block")
+    ),
+    *(  # the head of this model is tied
+        Subject(name, variant="untied", sets=("rotate.untie=true",))
+        for name in ("w4a4_dynamic_rotated", "w4a4_dynamic_rotated_tp1")
     ),
     Subject("w4a4_flatquant", slow=True),
     Subject("w4a4_flatquant_tp1", slow=True),
