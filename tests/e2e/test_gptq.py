@@ -45,12 +45,12 @@ target: compressed-tensors
 calibration: {{data: text.txt, samples: {SAMPLES}, length: {LENGTH}, inputs: quantized}}
 rules:
   - match: "*.mlp.*_proj"
-    scheme: {{name: mxfp4, weight_rounding: {{name: learned, steps: 60, batch: 2, lr: 0.01}}}}
+    scheme: {{name: mxfp4, weight_rounding: {{name: learned, steps: 24, batch: 2, lr: 0.01}}}}
   - match: "*_proj"
     scheme:
       name: w4a16
       group_size: 32
-      weight_rounding: {{name: learned, steps: 60, batch: 2, lr: 0.01}}
+      weight_rounding: {{name: learned, steps: 24, batch: 2, lr: 0.01}}
 """
 EXPERTS = """\
 target: ascend

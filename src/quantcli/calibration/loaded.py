@@ -273,8 +273,9 @@ class LoadedLayer:
             parts, real = scale_norm(module, offset, scale)
             stored = {suffix: self.run.skeleton.source(f"{path}.{suffix}") for suffix in parts}
             if None not in stored.values():
-                new = {
-                    str(stored[suffix]): EditFactors(value=tensor) for suffix, tensor in parts.items()
+                new = {  # float32: the model may be stored in another dtype than it is computed in
+                    str(stored[suffix]): EditFactors(value=tensor.float())
+                    for suffix, tensor in parts.items()
                 }
                 return new, real
         return {}, torch.ones_like(scale)

@@ -101,6 +101,19 @@ def test_large_inputs_are_protected(tmp_path):
     assert group.error < 0.9
 
 
+def test_small_gains_are_left(tmp_path):
+    """Channels stay if the best scales take too little of the error away, and all do if none can."""
+    run, index = replayed(tmp_path)
+    errors = [
+        [g.error for g in measured(run, index, INT4, Awq(ratios=4, least_gain=least))[0]
+         .report.results["scaled"]]
+        for least in (0.0, 0.02, 0.999)
+    ]  # fmt: skip
+    assert any(error > 0.98 for error in errors[0])
+    assert errors[1] == [error for error in errors[0] if error <= 0.98]
+    assert errors[2] == []
+
+
 def test_workers_change_nothing(tmp_path):
     run, index = replayed(tmp_path)
     (_, one), (_, three) = (measured(run, index, INT4, Awq(ratios=4), workers=n) for n in (1, 3))
@@ -118,7 +131,7 @@ def test_rows_and_what_float_matrices_read_get_powers_of_two(tmp_path):
 def test_rules(tmp_path):
     run, index = replayed(tmp_path)
     rules = [AwqRule(match=["*.down_proj"], skip=True), AwqRule(match=["*.q_proj"], ratio=0.5)]
-    layer_run, _ = measured(run, index, INT4, Awq(rules=rules, ratios=4))
+    layer_run, _ = measured(run, index, INT4, Awq(rules=rules, ratios=4, least_gain=0.999))
     groups = {g.producer.rpartition(".")[2]: g for g in layer_run.report.results["scaled"]}
     assert "up_proj" not in groups
     assert (groups["input_layernorm"].ratio, groups["input_layernorm"].duo) == (0.5, False)

@@ -131,6 +131,18 @@ def test_rows_are_multiplied_by_powers_of_two(tmp_path, family):
     assert rows
 
 
+def test_norms_of_a_model_that_is_computed_in_another_dtype(tmp_path):
+    """Stored in float32 and run in bfloat16: the new norms may replace the stored ones."""
+    run = Replayed(
+        make_tiny(tmp_path / "m", "llama", dtype=torch.float32), make_batches(), dtype="BF16"
+    )
+    layer_run = LayerRun(LoadedLayer(everything(run, 0), 0, Memory(run.states)))
+    layer_run.measure(None)
+    norms = [edit for edit in layer_run.work.edits.values() if edit.value is not None]
+    assert norms
+    assert all(edit.value.dtype == torch.float32 for edit in norms)
+
+
 def test_grouped_query_heads_are_tied(tmp_path):
     """Two query heads read one value head: o_proj's columns get v_proj's scales, head by head."""
     path = make_tiny(tmp_path / "m", "llama", dtype=torch.float32)

@@ -169,7 +169,8 @@ def to_bfloat16(scale):
 
 
 @pytest.mark.parametrize(
-    ("k", "columns", "element"), [(96, 32, INT4), (40, 40, INT4), (160, 32, FP4), (150, 150, INT4)]
+    ("k", "columns", "element"),
+    [(96, 32, INT4), (40, 40, INT4), (160, 32, FP4), (150, 150, INT4), (320, 160, INT4)],
 )
 def test_a_sweep_finds_what_trying_finds(k, columns, element):
     w, h, step = case(8, k, groups=k // columns)
@@ -178,13 +179,39 @@ def test_a_sweep_finds_what_trying_finds(k, columns, element):
     scale[:4] *= -1
     descent = Descent(1, columns, scale, None, to_bfloat16)
     first = elements.decode(Feedback.of(h).round(w, descent.step(scale, k), element), element, k)
-    numbers, found = descent.mended(w, h, first, element, 0.1)
+    numbers, found, before, after = descent.mended(w, h, first, element, 0.1)
     wanted, scales = best_alone(w, h, first, scale, columns, element, 0.1, to_bfloat16)
     assert torch.equal(numbers.double(), wanted)
     assert torch.equal(found.double(), scales)
     assert not torch.equal(numbers, first)
     assert not torch.equal(found, scale)
     assert torch.equal(found.sign(), scale.sign())
+    for error, codes, its in ((before, first, scale), (after, numbers, found)):
+        lost = (w - codes * descent.step(its, k)).double()
+        assert torch.allclose((lost @ h.double() * lost).sum(1), error, rtol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [32, 160])
+def test_two_sweeps_are_one_and_one_more(columns):
+    w, h, step = case(8, 320, groups=320 // columns)
+    scale = to_bfloat16(step[:, ::columns]).contiguous()
+    first = elements.decode(nearest(w, step), INT4, 320)
+    once = Descent(1, columns, scale, None, to_bfloat16).mended(w, h, first, INT4, 0.1)
+    again = Descent(1, columns, once.scale, None, to_bfloat16)
+    again = again.mended(w, h, once.numbers, INT4, 0.1)
+    twice = Descent(2, columns, scale, None, to_bfloat16).mended(w, h, first, INT4, 0.1)
+    assert torch.equal(twice.numbers, again.numbers)
+    assert torch.equal(twice.scale, again.scale)
+    assert torch.allclose(twice.after, again.after, rtol=1e-4)
+    assert bool((twice.after < once.after).any())
+
+
+@pytest.mark.parametrize("k", [5, 96, 300])
+def test_squares_of_outputs_by_half_of_the_products(monkeypatch, k):
+    monkeypatch.setattr(module, "_TILE", 64)
+    w, h, _ = case(6, k)
+    exact = ((w.double() @ h.double()) * w.double()).sum(1)
+    assert torch.allclose(module.squares(w, h), exact, rtol=1e-5)
 
 
 def test_sweeps_lower_the_error_and_leave_scales_that_are_kept():

@@ -133,6 +133,11 @@ class Awq(Method):
         20, description="how many exponents are tried, evenly spaced up to 1"
     )
     duo: bool = Field(True, description="try each exponent also with the sizes of weights")
+    least_gain: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.02,
+        description="the share of the error without scales that the best ones must take away, or the "
+        "channels stay as they are",
+    )
     rules: list[AwqRule] = Field([], description="first match wins over the search")
 
     @property
@@ -199,7 +204,10 @@ class Awq(Method):
                 tried, given = self._candidates(search)
                 errors = search.errors([candidate.scale for candidate in tried], each)
                 best = min(range(len(tried)), key=errors.__getitem__)  # the first of equal ones
-                best = len(tried) - 1 if given else best
+                if given:
+                    best = len(tried) - 1
+                elif errors[best] > (1 - self.least_gain) ** 2 * errors[0]:
+                    best = 0
                 group = self._scaled(work, producer, tried[best], errors[best] / max(errors[0], _TINY))
                 groups += [group] if group is not None else []
                 run.progress.step(done, len(producers), noun="group")

@@ -24,7 +24,7 @@ Rows do not depend on each other. Bits do not depend on the number of threads: j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -174,6 +174,16 @@ def _sharer(shares: Tensor, lower: Tensor) -> Callable[[int], None]:
     return share
 
 
+class Mended(NamedTuple):
+    """Numbers of the codes' type, float32 [n, k], and scales as `Descent` has them. before, after:
+    d H d^T, float64 [n]."""
+
+    numbers: Tensor
+    scale: Tensor
+    before: Tensor
+    after: Tensor
+
+
 @dataclass(frozen=True)
 class Descent:
     """How codes and scales are mended, one at a time, while all others stay.
@@ -198,23 +208,23 @@ class Descent:
 
     def mended(
         self, rows: Tensor, hessian: Tensor, numbers: Tensor, element: ElementType, damping: float
-    ) -> tuple[Tensor, Tensor]:
-        """Numbers of the codes' type, float32 [n, k], and scales. No change makes d (H + damping I) d^T
-        larger.
+    ) -> Mended:
+        """No change makes d (H + damping I) d^T larger.
 
         rows, numbers: float32 [n, k]; hessian: float32 [k, k].
         """
         k, columns = rows.shape[1], self.columns
         numbers, scale = numbers.T.contiguous(), self.scale.clone()
         lost = rows - numbers.T * self.step(scale, k)
-        slopes = lost @ hessian + lost * damping
-        # a block is as many whole groups as fit, or a part of a row that is all one group
-        width = max(BLOCK // columns * columns, 1) if columns <= BLOCK else BLOCK
-        for _ in range(self.sweeps):
+        slopes = lost @ hessian
+        before = _products(slopes, lost).clamp_min_(0)
+        damped = before + damping * _products(lost, lost)
+        slopes.add_(lost, alpha=damping)
+        for sweep in range(self.sweeps):
             if columns > BLOCK and self.to_scale is not None:
-                self._fit_wide(slopes, hessian, numbers, scale, damping)
-            for start in range(0, k, width):
-                block = slice(start, min(start + width, k))
+                damped -= self._fit_wide(slopes, hessian, numbers, scale, damping)
+            for block in self._blocks(k):
+                start = block.start
                 corner = hessian[block, block].clone()
                 corner.diagonal().add_(damping)
                 within, number = slopes[:, block].T.contiguous(), numbers[block]
@@ -230,9 +240,24 @@ class Descent:
                         within -= corner[:, part] @ change[part]
                 step = scale[:, start // columns : -(-block.stop // columns)].T.contiguous()
                 self._codes(corner, within, number, change, step, element)
-                slopes -= change.T @ hessian[block]
-                slopes[:, block] -= change.T * damping
-        return numbers.T.contiguous(), scale
+                damped -= _products(change.T, 2 * slopes[:, block] - change.T @ corner)
+                # nothing reads the slopes of columns that the last sweep has behind it
+                left = 0 if sweep + 1 < self.sweeps else block.stop
+                slopes[:, left:] -= change.T @ hessian[block, left:]
+                if not left:
+                    slopes[:, block] -= change.T * damping
+        numbers = numbers.T.contiguous()
+        lost = torch.addcmul(rows, numbers, self.step(scale, k), value=-1)
+        after = (damped - damping * _products(lost, lost)).clamp_min_(0)
+        return Mended(numbers, scale, before, after if self.sweeps else before)
+
+    def _blocks(self, k: int) -> Iterator[slice]:
+        """As many whole groups as fit BLOCK columns; or parts of a group."""
+        span = max(BLOCK // self.columns, 1) * self.columns
+        for first in range(0, k, span):
+            end = min(first + span, k)
+            for start in range(first, end, BLOCK):
+                yield slice(start, min(start + BLOCK, end))
 
     def _fit(self, scale: Tensor, place: int, slope: Tensor, curve: Tensor) -> Tensor:
         """Move the scales of a group where that is better. slope, curve: g q and q H q, float32 [n].
@@ -248,16 +273,21 @@ class Descent:
 
     def _fit_wide(
         self, slopes: Tensor, hessian: Tensor, numbers: Tensor, scale: Tensor, damping: float
-    ) -> None:
-        """The scales of groups that are wider than a block; adapts the slopes."""
+    ) -> Tensor:
+        """The scales of groups that are wider than a block; adapts the slopes. Returns by how much
+        d (H + damping I) d^T falls, float64 [n]."""
+        gain = torch.zeros(len(slopes), dtype=torch.float64, device=slopes.device)
         for place in range(scale.shape[1]):
             part = slice(place * self.columns, min((place + 1) * self.columns, len(numbers)))
             of_group = numbers[part].T
             curve = ((of_group @ hessian[part, part] + of_group * damping) * of_group).sum(1)
-            moved = self._fit(scale, place, (slopes[:, part] * of_group).sum(1), curve)
+            slope = (slopes[:, part] * of_group).sum(1)
+            moved = self._fit(scale, place, slope, curve)
+            gain += moved * (2 * slope - moved * curve)
             change = of_group * moved[:, None]
             slopes -= change @ hessian[part]
             slopes[:, part] -= change * damping
+        return gain
 
     def _codes(
         self,
@@ -296,8 +326,22 @@ class Rounded(NamedTuple):
 
 
 def squares(rows: Tensor, hessian: Tensor) -> Tensor:
-    """The sum of squares of the outputs of each row of a weight: float32 [n, k] -> float64 [n]."""
-    return ((rows @ hessian) * rows).sum(1, dtype=torch.float64).clamp_min(0)
+    """The sum of squares of the outputs of each row of a weight: float32 [n, k] -> float64 [n].
+    hessian: symmetric, so that half of its products will do."""
+    k = rows.shape[1]
+    total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for start in range(0, k, _TILE):
+        block = slice(start, min(start + _TILE, k))
+        part = rows[:, block] @ hessian[block, block]
+        if start:
+            part.addmm_(rows[:, :start], hessian[:start, block], alpha=2)
+        total += _products(part, rows[:, block])
+    return total.clamp_min_(0)
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """The sum of the products of each row: float32 [n, k] -> float64 [n]."""
+    return (left * right).sum(1, dtype=torch.float64)
 
 
 def gptq(
@@ -328,13 +372,13 @@ def gptq(
         return Rounded(nearest, plain, plain, signal, scale)
     codes = feedback.round(rows, step, element)
     numbers = elements.decode(codes, element, k)
-    total = error(numbers, step)
-    if descent is not None:
-        numbers, found = descent.mended(rows, hessian, numbers, element, feedback.added)
-        left = error(numbers, descent.step(found, k))
-        lower = left < total
+    if descent is None:
+        total = error(numbers, step)
+    else:
+        numbers, found, before, after = descent.mended(rows, hessian, numbers, element, feedback.added)
+        lower = after < before
         codes = torch.where(lower[:, None], elements.encode(numbers, element), codes)
-        total = torch.minimum(left, total)
+        total = torch.minimum(after, before)
         scale = torch.where(lower[:, None], found, descent.scale)
     better = total < plain
     if descent is not None and scale is not None:
