@@ -32,7 +32,7 @@ rules:
   - match: "*_proj"
     scheme: {{name: w8a8_static, observer: minmax}}
 """
-SMOOTH = RECIPE + "smooth: {alpha: 0.5}\n"
+SMOOTH = RECIPE + "smooth: {alpha: 0.5, within: 1}\n"
 DYNAMIC = 'target: ascend\nrules:\n  - match: "*_proj"\n    scheme: w8a8_dynamic\n'
 # for recipes that come with the tool
 FEW = (

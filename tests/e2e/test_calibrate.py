@@ -590,7 +590,7 @@ def test_experts(make: Callable[..., Bench]) -> None:
     bench = make(family="qwen3_moe")
     change_tensors(bench.own_model(), starve)
     bench.recipe = RECIPES / "w8a8_moe.yaml"
-    result = bench.run(*FEW, "--set", "smooth.alpha=0.5")
+    result = bench.run(*FEW, "--set", "smooth.alpha=0.5", "--set", "smooth.within=1")
     assert result.code == 0, result.err
     expert = "model.layers.{}.mlp.experts.{}.{}_proj"
     (note,) = (line for line in result.err.splitlines() if "no token" in line)
@@ -601,7 +601,9 @@ def test_experts(make: Callable[..., Bench]) -> None:
         assert bench.described(f"model.layers.{layer}.mlp.gate") == "FLOAT"
         for number in range(8):
             assert bench.described(expert.format(layer, number, "up")) == "W8A8_DYNAMIC"
-    found = bench.calibrate(*FEW, "--set", "smooth.alpha=0.5", "--json").json
+    found = bench.calibrate(
+        *FEW, "--set", "smooth.alpha=0.5", "--set", "smooth.within=1", "--json"
+    ).json
     for layer in range(LAYERS):
         for part in ("gate", "up", "down"):
             seen = [found["modules"][expert.format(layer, n, part)]["tokens"] for n in range(8)]
@@ -613,7 +615,7 @@ def test_experts(make: Callable[..., Bench]) -> None:
     assert starved <= set(found["no_tokens"])
     assert all(not found["modules"][name]["tokens"] for name in found["no_tokens"])
     assert found["uncalibrated"] == []  # their scheme needs no data
-    told = bench.calibrate(*FEW, "--set", "smooth.alpha=0.5").out
+    told = bench.calibrate(*FEW, "--set", "smooth.alpha=0.5", "--set", "smooth.within=1").out
     assert "not reached  " in told
     smoothed = {group["producer"] for group in found["smoothed"]}
     assert "model.layers.0.input_layernorm" in smoothed
@@ -809,7 +811,7 @@ def test_group_takes_what_its_like_have_seen() -> None:
 
 def test_smooth_rules(make: Callable[..., Bench]) -> None:
     bench = make(
-        RECIPE + "smooth:\n  alpha: 0.75\n  rules:\n"
+        RECIPE + "smooth:\n  alpha: 0.75\n  within: 1\n  rules:\n"
         "    - {match: '*.down_proj', skip: true}\n"
         "    - {match: 're:.*layers\\.[01]\\..*o_proj', alpha: 0.25}\n"
         "    - {match: '*.no_such', alpha: 1.0, optional: true}\n"

@@ -72,7 +72,7 @@ rules:
 CALIBRATED = f"""\
 target: compressed-tensors
 calibration: {{data: text.txt, samples: {SAMPLES}, length: {LENGTH}, uncalibrated: dynamic}}
-smooth: {{alpha: 0.7}}
+smooth: {{alpha: 0.7, within: 1}}
 rules:
   - match: "*.experts.*"
     scheme: {{name: w8a8_dynamic, weight_rounding: gptq}}

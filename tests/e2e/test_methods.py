@@ -301,7 +301,7 @@ def test_options_and_order_decide_what_a_calibration_is_of(make: Callable[..., B
     assert bench.calibrate().code == 0
     bench.edit_recipe(EQUALIZE.replace("0.75", "0.5"))
     assert "other edits: equalize.strength was 0.75, is 0.5" in bench.calibrate().err
-    bench.edit_recipe(EQUALIZE + "  - smooth\n")
+    bench.edit_recipe(EQUALIZE + "  - {name: smooth, within: 1}\n")
     assert "other edits: methods differ" in bench.calibrate().err
     assert bench.calibrate("--fresh").code == 0
     report = bench.calibrate("--json").json

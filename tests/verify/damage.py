@@ -199,7 +199,7 @@ def examine(copy: Copy, depth: str, row: Row) -> Report:
             full=level >= 1,
             against=str(copy.source) if level >= 2 else None,
             run=level == 3,
-            data=str(TEXT) if level == 3 else None,
+            data=[str(TEXT)] if level == 3 else None,
             samples=4,
             length=16,
             tp=",".join(map(str, row.tp)),

@@ -24,7 +24,7 @@ OWN = {
     "static": 'rules: [{match: "*_proj", scheme: {name: w8a8_static, observer: minmax}}]\n',
     "symmetric": 'rules: [{match: "*_proj", scheme: {name: w8a8_static, symmetric: true}}]\n',
     "mix": 'rules: [{match: "*_proj", scheme: {name: w8a8_mix, observer: minmax}}]\n',
-    "smooth": 'smooth: {alpha: 0.8}\nrules: [{match: "*_proj", scheme: w8a8_mix}]\n',
+    "smooth": 'smooth: {alpha: 0.8, within: 1}\nrules: [{match: "*_proj", scheme: w8a8_mix}]\n',
     "mixed": 'rules:\n  - {match: "*.0.*", scheme: keep}\n  - {match: "*.self_attn.*", scheme: w8a16}\n'
     '  - {match: "*_proj", scheme: w8a8_dynamic}\n',
     "int4": 'rules: [{match: "*_proj", scheme: w4a4_dynamic}]\n',

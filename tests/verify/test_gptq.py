@@ -64,7 +64,7 @@ def test_it_computes_as_it_says(stock):
 
     good = stock.good("llama", "gptq_mixed")
     options = VerifyOptions(
-        good.path, against=str(good.source), run=True, data=str(TEXT), samples=4, length=16
+        good.path, against=str(good.source), run=True, data=[str(TEXT)], samples=4, length=16
     )
     report = verify(options)
     assert [f for f in report.findings if f.severity == "error"] == []

@@ -380,7 +380,7 @@ def test_a_reference_that_cannot_be_read_is_refused(tmp_path):
 def test_codes_of_unknown_type_are_not_run_as_weights(stock, tmp_path):
     good = stock.good("llama", "ct_dynamic")
     copy = Copy(good, tmp_path / "copy")
-    options = {"run": True, "data": str(TEXT), "samples": 4, "length": 16}
+    options = {"run": True, "data": [str(TEXT)], "samples": 4, "length": 16}
     assert examine(copy.path, good.source, **options).run is not None
     with copy.json("config.json") as config:
         config["quantization_config"]["config_groups"]["group_0"]["format"] = "marlin-24"

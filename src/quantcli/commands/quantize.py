@@ -75,12 +75,14 @@ def plan(
     place, share = accepted_place(whole, options, checkpoint.path)
     progress.say(f"planning {name_of(recipe)} for {opened.model}")
 
-    from quantcli.calibration.rotation.basis import in_basis
     from quantcli.planning.planner import make_plan
     from quantcli.recipe.recipe import resolve
 
     loaded = resolve(opened.written)
-    checkpoint = in_basis(loaded, checkpoint, trust_remote_code=options.trust_remote_code)
+    if loaded.file.rotate is not None:
+        from quantcli.calibration.rotation.basis import in_basis
+
+        checkpoint = in_basis(loaded, checkpoint, trust_remote_code=options.trust_remote_code)
     planned = make_plan(loaded, checkpoint)
     session = None
     if planned.needs_calibration:

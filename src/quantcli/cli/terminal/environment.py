@@ -21,7 +21,7 @@ HELP = {
     "QUANTCLI_CACHE": "folder to keep compiled code in",
     "QUANTCLI_KERNELS": "off: compile nothing, use torch",
     "QUANTCLI_PASSWORD": "password of the key that signs",
-    "QUANTCLI_API_KEY": "key that the server of verify --served asks for",
+    "QUANTCLI_API_KEY": "key for the server of verify --served",
 }
 
 

@@ -14,6 +14,7 @@ from quantcli.core.threads import one_thread
 from quantcli.verification.compare import Weight, opener
 
 _ROWS = 256  # of a block
+_TURNED = 0.5  # relative distance of two tables, from which on one is the other in another basis
 _SAMPLE = 4  # times h: rows of a table that decide, spread evenly
 
 
@@ -52,6 +53,18 @@ def fit_rows(before: StoredTensor, after: StoredTensor) -> Fit | None:
             noise += float((new - old @ matrix).square().sum())
         error = (noise / signal) ** 0.5 if signal else 0.0
         return Fit(matrix, error, skew_of(matrix))
+
+
+def is_turned(before: StoredTensor, after: StoredTensor) -> bool:
+    """Whether two tables [n, h] are as far from each other as rows that a rotation has turned.
+
+    Their distance over the length of `before` is about the root of 2 then; 1 if rows became zeros.
+    """
+    signal = noise = 0.0
+    for old, new in _blocks(before, after, most=_SAMPLE * after.spec.shape[1]):
+        signal += float(old.square().sum())
+        noise += float((new - old).square().sum())
+    return noise > _TURNED**2 * signal
 
 
 def skew_of(matrix: Tensor) -> float:

@@ -21,8 +21,8 @@ from quantcli.core.findings import Finding, failed
 from quantcli.sources.decode import decoded
 from quantcli.verification.compare import Bounds, shape_of
 from quantcli.verification.outcome import CONVERT
-from quantcli.verification.reference import Reference, difference
-from quantcli.verification.rotation.fit import fit_head, fit_rows, rows_of_weight
+from quantcli.verification.reference import Reference
+from quantcli.verification.rotation.fit import fit_head, fit_rows, is_turned, rows_of_weight
 from quantcli.verification.rotation.turned import Constant, Heads, Turned
 
 _FITS = 0.02  # relative error of a float tensor: bfloat16 leaves 0.002
@@ -33,7 +33,10 @@ _CANCELS = 0.5  # distance of two matrices of a head; the noise of int4 leaves 0
 
 
 def is_rotated(ours: Checkpoint, reference: Checkpoint) -> bool:
-    """Whether the embedding has other numbers than that of the reference, with the same shape."""
+    """Whether an embedding is far from that of the reference, which has the same shape.
+
+    What differs less is damage, and checks of copies name its place.
+    """
     return any(True for _ in _embeddings(ours, reference))
 
 
@@ -42,7 +45,7 @@ def _embeddings(ours: Checkpoint, reference: Checkpoint) -> Iterator[str]:
         before, after = reference.tensors[name], ours.tensors.get(name)
         if after is None or not _is_table(before) or before.spec.shape != after.spec.shape:
             continue
-        if {before.spec.dtype, after.spec.dtype} <= FLOATS and difference(before, after) is not None:
+        if {before.spec.dtype, after.spec.dtype} <= FLOATS and is_turned(before, after):
             yield name
 
 
