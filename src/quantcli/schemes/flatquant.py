@@ -19,7 +19,6 @@ from torch import Tensor
 
 from quantcli.core.errors import InputError
 from quantcli.core.numerics import Stats, decompose
-from quantcli.schemes import half
 from quantcli.schemes.arithmetic.clipping import INT4, least_error
 from quantcli.schemes.arithmetic.kronecker import LARGEST_CONDITION
 from quantcli.schemes.base import Learner, LearningTask
@@ -271,7 +270,7 @@ class KroneckerLearner(Learner):
         """x [..., k] -> [..., n] with rounded inputs and weights."""
         seen = getattr(self._local, "seen", None)
         if seen is None or seen[0] is not x:
-            outputs = half.product(self._inputs(x), self._leaves[3])
+            outputs = F.linear(self._inputs(x), self._leaves[3])
             seen = self._local.seen = (x, torch.split(outputs, self._heights, -1))
         y: Tensor = seen[1][self._places[key]]
         return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from quantcli.calibration.loaded import LoadedLayer
 from quantcli.calibration.replay.engine import Quantizer
-from quantcli.calibration.replay.taps import Matrices, Matrix, Tap
+from quantcli.calibration.replay.taps import Matrix, Tap
 from quantcli.core.errors import InputError
 from quantcli.core.exact import exact
-from quantcli.schemes import half
 from quantcli.schemes.base import Learner, Schedule
 
 FORWARDS = 3  # that forward and backward take together
@@ -128,7 +127,7 @@ class Course:
 
     def _student(self) -> Tap:
         """The layer with its learners, for one forward."""
-        return Tap(self._matrices, _Student(self._learners, self._matrices))
+        return Tap(self._matrices, _Student(self._learners))
 
     def _begun(self) -> list[list[Tensor]]:
         """The leaves of each learner, which each has on a thread of its own."""
@@ -185,15 +184,9 @@ class Course:
 class _Student:
     """A listener that computes with the learners."""
 
-    def __init__(self, learners: Mapping[Matrix, Learner], matrices: Matrices) -> None:
+    def __init__(self, learners: Mapping[Matrix, Learner]) -> None:
         self._learners = learners
-        self._matrices = matrices
 
     def linear(self, matrix: Matrix, x: Tensor, bias: Tensor | None) -> Tensor | None:
         learner = self._learners.get(matrix)
-        if learner is not None:
-            return learner.linear(matrix, x, bias)
-        if not x.requires_grad:
-            return None
-        y = half.product(x, self._matrices.weight(matrix))
-        return (y if bias is None else y + bias).to(x.dtype)
+        return None if learner is None else learner.linear(matrix, x, bias)
