@@ -108,7 +108,7 @@ class Flow(Tap):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         used = args[:1] if name in _SAME else (args, kwargs)  # other tensors give their dtype alone
-        tracked = [value for value in _tensors(used) if self._get(value) is not None]
+        tracked = [value for value in tensors_in(used) if self._get(value) is not None]
         if func is F.linear or is_grouped(func) or self._multiplies_experts(func, args, kwargs):
             return self._read(func, types, args, kwargs)
         if not tracked:
@@ -117,7 +117,7 @@ class Flow(Tap):
                 self._note_cast(args[0], result)
             return result
         result = func(*args, **kwargs)
-        if name in _LIKE or not any(True for _ in _tensors(result)):
+        if name in _LIKE or not any(True for _ in tensors_in(result)):
             return result  # no values are read: a question for shape, dtype, device
         shadows = [(tensor, shadow) for tensor in tracked if (shadow := self._get(tensor))]
         sources = [entry for entry in shadows if entry[1].source is not None]
@@ -153,7 +153,7 @@ class Flow(Tap):
                 return False  # the same bytes as other numbers
             move = elements.reshape if name == "view" else getattr(elements, name)
             moved = move(*args[1:], **kwargs)
-            pairs = zip(_tensors(result), _tensors(moved), strict=True)
+            pairs = zip(tensors_in(result), tensors_in(moved), strict=True)
             for part, part_elements in pairs:
                 self._set(part, _Shadow(part_elements, shadow.source))
             return True
@@ -161,7 +161,7 @@ class Flow(Tap):
             if name.endswith(("div", "truediv__", "divide")) and args[0] is not x:
                 return False
             if shadow.source is not None and any(
-                value is not x and value.dim() and value.shape[-1] != 1 for value in _tensors(args)
+                value is not x and value.dim() and value.shape[-1] != 1 for value in tensors_in(args)
             ):
                 shadow.source.gated |= set((elements % _TOKEN).flatten().tolist())
             self._set(result, _Shadow(elements.expand(result.shape), shadow.source))
@@ -292,15 +292,16 @@ def _elements(tokens: Tensor | None, like: Tensor) -> Tensor:
     return (tokens.to(like.device)[:, None] * _TOKEN + channels).reshape(like.shape)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors of an argument or a result, those in its lists and tables too."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -11,8 +11,9 @@ from typing import Any
 from quantcli.core.cluster.executor import THREADS, Executor, parse_executor
 from quantcli.core.errors import InputError
 
-# Windows that decide whether a checkpoint is better: if there is no difference, all of six changes have
-# one sign in 3 % of cases, all of five in 6 %, which is more than a 95 % interval allows.
+# The fewest windows that can decide whether a checkpoint is better. Between equal checkpoints the
+# changes of six windows have one sign in 3 % of cases. Those of five do in 6 %: too often for a 95 %
+# interval.
 LEAST_WINDOWS = 6
 
 

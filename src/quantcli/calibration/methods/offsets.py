@@ -214,7 +214,7 @@ def learn(
             own = {name: tensor[rows].clone() for name, tensor in found.items()}
             work.stats[segment.module] = {**work.stats[segment.module], **own}
             numbers = work.report.modules[segment.module].numbers
-            for key in ("output_error", "output_error_nearest"):  # of codes that are no longer there
+            for key in ("output_error", "output_error_nearest"):  # of the codes before learning
                 numbers.pop(key, None)
             numbers |= {
                 "layer_error_before": math.sqrt(before),

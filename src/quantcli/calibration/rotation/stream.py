@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from quantcli.calibration.channels import norm_offset
-from quantcli.calibration.flow import is_norm
+from quantcli.calibration.flow import is_norm, tensors_in
 from quantcli.calibration.replay.taps import (
     batched_arguments,
     grouped_arguments,
@@ -134,10 +134,10 @@ class Trace(TorchFunctionMode):
         if func is F.embedding:
             self._embedded(args, kwargs, result)
             return result
-        marked = [tensor for tensor in _tensors((args, kwargs)) if self._get(tensor) is not None]
+        marked = [tensor for tensor in tensors_in((args, kwargs)) if self._get(tensor) is not None]
         if self._multiplied(func, name, args, kwargs, result) or not marked:
             return result
-        if name in _LIKE or not any(True for _ in _tensors(result)):
+        if name in _LIKE or not any(True for _ in tensors_in(result)):
             return result  # no values are read: a question for shape, dtype, device
         mark = self._kept(name, marked, args, kwargs, result)
         if mark is None:
@@ -189,7 +189,7 @@ class Trace(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             move = channels.reshape if name == "view" else getattr(channels, name)
             moved = move(*args[1:], **kwargs)
-        for part, part_channels in zip(_tensors(result), _tensors(moved), strict=True):
+        for part, part_channels in zip(tensors_in(result), tensors_in(moved), strict=True):
             axis = self._axis(part_channels)
             if axis is None:
                 return None
@@ -208,7 +208,7 @@ class Trace(TorchFunctionMode):
     def _join(
         self, name: str, marked: list[Tensor], args: Any, kwargs: Any, result: Tensor
     ) -> bool | None:
-        parts = [*_tensors(args[0])]
+        parts = [*tensors_in(args[0])]
         marks = [self._get(part) for part in parts]
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
         dim = dim if dim < 0 else dim - result.dim()
@@ -467,14 +467,3 @@ def _keeps_bases(module: nn.Module, hidden: int) -> bool:
     with torch.no_grad():
         expected, out = turned(module(x), vectors), module(turned(x, vectors))
     return bool((out - expected).norm() < 1e-4 * expected.norm())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)

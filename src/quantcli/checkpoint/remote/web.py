@@ -186,7 +186,7 @@ def _wait_for(connection: http.client.HTTPConnection, seconds: float) -> None:
 
 
 def reason(error: Exception, wait: float = _TIMEOUT) -> str:
-    """Why there is no answer, in a few words, without addresses. wait: seconds that it was waited."""
+    """Why there is no answer, in a few words, without addresses. wait: the time limit in seconds."""
     if isinstance(error, TimeoutError):
         return f"the server sent nothing for {wait:g} s"
     if isinstance(error, ssl.SSLError):
